@@ -1,0 +1,86 @@
+"""The one command: `joulemark COMMAND …`. Finds the program that owns a command and starts it, and nothing else is imported.
+
+So it starts on a board that has only the agent, and a command whose program is not installed says which extra brings it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from joulemark import __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command lives. `module` has a typer application `app` with a command of this name."""
+
+    module: str
+    extra: str
+    summary: str
+
+
+_AGENT = "joulemark_agent.cli"
+_HOST = "joulemark_host.cli"
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(_HOST, "host", "the whole path on this machine: a real model to a heatmap"),
+    "eval": Command(_AGENT, "agent", "evaluate a model file here, without a host"),
+    "verify": Command(_AGENT, "agent", "compare a result item by item with lm-eval's sample file"),
+    "doctor": Command(_AGENT, "agent", "what this machine has, what it lacks, and what to do about it"),
+    "agent": Command(_AGENT, "agent", "serve this board: take models and tasks, run them, report"),
+    "host": Command(_HOST, "host", "serve artifacts, take records, draw the grid"),
+    "publish": Command(_HOST, "host", "put a model or task packs on the host's shelf"),
+    "push": Command(_HOST, "host", "bring a published artifact to a board"),
+    "run": Command(_HOST, "host", "evaluate an artifact on a board and wait for the record"),
+    "records": Command(_HOST, "host", "list the records that the host has"),
+    "heatmap": Command(_HOST, "host", "draw device × model as HTML and PNG"),
+}
+
+
+def overview() -> str:
+    """What `joulemark --help` says."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: joulemark COMMAND [OPTIONS]",
+            "",
+            "Which compressed language model should run on this board, and what does one correct answer cost there?",
+            "",
+            *lines,
+            "",
+            "joulemark COMMAND --help explains a command; joulemark --version prints the version.",
+            "A first try: joulemark doctor, then joulemark demo.",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status (2 for a command that does not exist or is not installed)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        sys.stdout.write(overview() + "\n")
+        return 0 if given else 2
+    if given[0] in ("-V", "--version"):
+        sys.stdout.write(f"joulemark {__version__}\n")
+        return 0
+    command = COMMANDS.get(given[0])
+    if command is None:
+        sys.stderr.write(f"joulemark: there is no command {given[0]!r}\n\n{overview()}\n")
+        return 2
+    try:
+        program = importlib.import_module(command.module)
+    except ImportError as error:
+        sys.stderr.write(
+            f"joulemark: `{given[0]}` needs a part that is not installed ({error})\n"
+            f"  hint: pip install 'joulemark[{command.extra}]'\n"
+        )
+        return 2
+    return int(program.run(given) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

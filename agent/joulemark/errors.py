@@ -1,0 +1,154 @@
+"""The error tree. Every error says what happened, where, and what to do next.
+
+    JoulemarkError                    code          also a
+    ├── BadInput                      bad_input     ValueError      what a person or a peer sent cannot be used
+    │   ├── ModelRejected             model_rejected                a model file that must not reach an engine
+    │   ├── PackRejected              pack_rejected                 a task pack that is malformed or does not match its id
+    │   └── DigestMismatch            digest_mismatch               bytes are not the bytes that were promised
+    ├── NotFound                      not_found     LookupError     a named thing does not exist here
+    ├── Conflict                      conflict      RuntimeError    it exists already, or something else is using it
+    ├── MissingExtra                  missing_extra ImportError     an optional part of the distribution is not installed
+    ├── NoSpace                       no_space      OSError         the disk or the memory cannot hold it
+    ├── Unavailable                   unavailable   ConnectionError a peer does not answer now; trying again is sensible
+    └── EngineFailed                  engine_failed RuntimeError    an engine refused, crashed, hung or ran out of memory
+
+`code` is stable and machine-readable; `hint` is the next step for a person; `retryable` tells a program whether the
+same call may succeed later. `to_problem` turns any exception into the wire form; it is the only place that knows
+foreign exceptions, and it is called only where errors are caught broadly (runner, api, cli).
+"""
+
+from __future__ import annotations
+
+import errno
+
+from joulemark.wire import Problem
+
+
+class JoulemarkError(Exception):
+    """Root of the tree. `message` says what happened and where, `hint` what to do next."""
+
+    code = "internal"
+    retryable = False
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
+
+
+class BadInput(JoulemarkError, ValueError):
+    """Input from outside that cannot be used as it is."""
+
+    code = "bad_input"
+
+
+class ModelRejected(BadInput):
+    """A model file whose header is truncated, absurd or unsupported."""
+
+    code = "model_rejected"
+
+
+class PackRejected(BadInput):
+    """A task pack that is malformed or is not the one its id names."""
+
+    code = "pack_rejected"
+
+
+class DigestMismatch(BadInput):
+    """Bytes whose sha256 is not the promised one."""
+
+    code = "digest_mismatch"
+    retryable = True
+
+
+class NotFound(JoulemarkError, LookupError):
+    """A named artifact, pack, run, task or plug-in that does not exist here."""
+
+    code = "not_found"
+
+
+class Conflict(JoulemarkError, RuntimeError):
+    """It exists already with other content, or it is in use."""
+
+    code = "conflict"
+
+
+class MissingExtra(JoulemarkError, ImportError):
+    """An optional dependency is absent; the hint carries the pip line."""
+
+    code = "missing_extra"
+
+
+class NoSpace(JoulemarkError, OSError):
+    """Too little disk or memory for what was asked."""
+
+    code = "no_space"
+    retryable = True
+
+
+class Unavailable(JoulemarkError, ConnectionError):
+    """A peer that does not answer now."""
+
+    code = "unavailable"
+    retryable = True
+
+
+class EngineFailed(JoulemarkError, RuntimeError):
+    """The engine refused, crashed, hung or ran out of memory. `code` may be narrowed per instance."""
+
+    code = "engine_failed"
+
+    def __init__(self, message: str, hint: str = "", code: str = "engine_failed") -> None:
+        super().__init__(message, hint)
+        self.code = code
+
+
+def to_problem(error: BaseException) -> Problem:
+    """The wire form of any exception; foreign ones keep their type's name in the message."""
+    if isinstance(error, JoulemarkError):
+        return Problem(code=error.code, message=error.message, hint=error.hint, retryable=error.retryable)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Problem(
+            code="no_space", message=f"the disk is full: {error}", hint="free some space and try again", retryable=True
+        )
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return Problem(
+            code="not_permitted",
+            message=f"cannot write or read: {error}",
+            hint="check the folder's owner and whether its file system is mounted read-only",
+        )
+    if isinstance(error, MemoryError):
+        return Problem(
+            code="out_of_memory",
+            message="the process ran out of memory",
+            hint="use a smaller model, a shorter context or fewer sequences",
+        )
+    text = str(error) or "no message"
+    return Problem(
+        code="internal",
+        message=f"{type(error).__name__}: {text}",
+        hint="this is a defect in Joulemark: please report it with the log",
+    )
+
+
+_STATUSES = {
+    "bad_input": 400,
+    "not_found": 404,
+    "conflict": 409,
+    "too_large": 413,
+    "model_rejected": 422,
+    "pack_rejected": 422,
+    "digest_mismatch": 422,
+    "prompt_too_long": 422,
+    "missing_extra": 501,
+    "unavailable": 503,
+    "no_space": 507,
+}
+
+
+def http_status(code: str) -> int:
+    """The HTTP status of an error's code; what is not listed is the server's fault."""
+    return _STATUSES.get(code, 500)

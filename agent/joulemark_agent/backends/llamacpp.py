@@ -1,0 +1,388 @@
+"""The llama.cpp backend: GGUF files on the CPU through llama-cpp-python.
+
+Scoring walks `planning.plan` over one unified key-value memory: sequence 0 is the trunk, branches are copies of it. Generation is
+continuous batching over the prompts' common prefix. Models whose memory cannot branch (recurrent, hybrid) are served one whole
+sequence at a time with the same results. Never reads a clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from joulemark.errors import BadInput
+from joulemark.wire import EngineFacts, Problem
+from joulemark_agent.backends import Choice, Generated, GenerateRequest, Options, Scored, ScoreRequest, Session, Token
+from joulemark_agent.backends._llama_engine import Context, Model, import_numpy, log_probability
+from joulemark_agent.backends._token_choice import TokenChooser
+from joulemark_agent.chat_template import render_template
+from joulemark_agent.decoding import TextBuffer
+from joulemark_agent.planning import Extend, Placed, Request, Retract, Step, common_prefix, plan
+
+FORMATS = ("gguf",)
+
+# Branches of one scoring batch. A batch of 512 tokens holds about ten ARC questions of four or five choices.
+SCORING_BRANCHES = 128
+# A common prefix shorter than this is not worth a sequence of its own.
+SHORT_PREFIX = 16
+# The engine rounds its memory up to this many positions.
+CELL_BLOCK = 256
+
+
+def open_session(path: Path, options: Options) -> Session:
+    """Load `path`. Raises MissingExtra without the engine, EngineFailed when it refuses the file."""
+    return LlamaSession(Model(path), options)
+
+
+class _Slot:
+    """A sequence that is generating."""
+
+    def __init__(self, request: GenerateRequest, tokens: list[int], prefix: int, buffer: TextBuffer) -> None:
+        self.request = request
+        self.tokens = tokens
+        self.prefix = prefix
+        self.buffer = buffer
+        self.position = len(tokens)
+        self.token = -1
+        self.new_tokens = 0
+
+
+class LlamaSession:
+    """A loaded model and the context that the last kind of request needed."""
+
+    def __init__(self, model: Model, options: Options) -> None:
+        self._model = model
+        self._options = options
+        self._numpy = import_numpy()
+        self._read = log_probability(self._numpy)
+        self._context: Context | None = None
+        self._window = min(options.context_tokens or model.trained_context, model.trained_context)
+
+    # --- facts --------------------------------------------------------------------------------------------------------
+    def facts(self) -> EngineFacts:
+        """What really runs; see the contract."""
+        import llama_cpp
+
+        context = self._context
+        build = self._model.llama.llama_print_system_info().decode(errors="replace").strip()
+        return EngineFacts(
+            backend="llamacpp",
+            engine="llama.cpp",
+            version=f"llama-cpp-python {llama_cpp.__version__}",
+            build=build[:4000],
+            model=self._model.description()[:200],
+            model_sha256=self._options.model_sha256,
+            device="cpu",
+            threads=self._options.threads,
+            batch_tokens=self._options.batch_tokens,
+            sequences=self._options.sequences,
+            context_tokens=self._window,
+            kv_type="f16",
+            flash_attention=bool(context and context.flash_attention),
+            branching=not self._model.recurrent,
+        )
+
+    def count_tokens(self, text: str) -> int:
+        """Prompt tokens of `text`."""
+        return len(self._model.tokenize(text))
+
+    def close(self) -> None:
+        """Free context and model."""
+        if self._context:
+            self._context.close()
+            self._context = None
+        self._model.close()
+
+    def _need(self, cells: int, sequences: int) -> Context:
+        """A context with at least this room, made anew only when the present one is too small."""
+        cells = math.ceil(cells / CELL_BLOCK) * CELL_BLOCK
+        context = self._context
+        if context is None or context.cells < cells or context.sequences < sequences:
+            if context is not None:
+                cells, sequences = max(cells, context.cells), max(sequences, context.sequences)
+                context.close()
+                self._context = None
+            context = Context(self._model, cells, sequences, self._options.batch_tokens, self._options.threads, self._options.beat)
+            self._context = context
+        context.reset()
+        return context
+
+    def _too_long(self, needed: int, what: str) -> Problem:
+        return Problem(
+            code="prompt_too_long",
+            message=f"{what} needs {needed} tokens, the context holds {self._window}",
+            hint="raise context_tokens (the model's own limit is the most it can be) or use a model with a longer context",
+        )
+
+    # --- scoring ------------------------------------------------------------------------------------------------------
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scored]:
+        """Score all continuations of all requests; a result comes when its last continuation is done."""
+        flat: list[Request] = []
+        owner: list[tuple[_OpenScore, int]] = []
+        for request in requests:
+            opened = self._open_score(request)
+            if isinstance(opened, Scored):
+                yield opened
+                continue
+            owner.extend((opened, index) for index in range(len(opened.sequences)))
+            flat.extend(opened.sequences)
+        if not flat:
+            return
+        for finished in self._run_plan(flat, owner):
+            opened, _ = owner[finished]
+            opened.left -= 1
+            if opened.left == 0:
+                yield opened.result()
+
+    def _open_score(self, request: ScoreRequest) -> _OpenScore | Scored:
+        prompt = self._model.tokenize(request.prompt)
+        sequences: list[Request] = []
+        for continuation in request.continuations:
+            whole = self._model.tokenize(request.prompt + continuation)
+            # As lm-eval splits: the continuation is what follows as many tokens as the prompt alone has.
+            if len(whole) <= len(prompt) or not prompt:
+                problem = Problem(code="empty_continuation", message="a prompt or a choice has no token of its own")
+                return Scored(request.key, problem=problem)
+            if len(whole) > self._window:
+                return Scored(request.key, len(prompt), problem=self._too_long(len(whole), "prompt and choice"))
+            sequences.append(Request(tuple(whole), len(prompt)))
+        return _OpenScore(request.key, len(prompt), sequences)
+
+    def _run_plan(self, flat: list[Request], owner: Sequence[tuple[_OpenScore, int]]) -> Iterator[int]:
+        batch = self._options.batch_tokens
+        longest = max(request.decoded for request in flat)
+        if self._model.recurrent:
+            context = self._need(longest, 1)
+            for index, request in enumerate(flat):
+                context.reset()
+                self._whole(context, request, *owner[index])
+                yield index
+            return
+        # A step's branches never exceed a batch, the trunk never exceeds the longest request.
+        context = self._need(longest + batch, SCORING_BRANCHES + 1)
+        for step in plan(flat, batch, SCORING_BRANCHES):
+            yield from self._step(context, step, owner)
+
+    def _step(self, context: Context, step: Step, owner: Sequence[tuple[_OpenScore, int]]) -> Sequence[int]:
+        if isinstance(step, Retract):
+            context.remove(0, step.length)
+            return step.finished
+        if isinstance(step, Extend):
+            self._evaluate(context, step.placed, None, owner)
+            return ()
+        trunk = step.placed[0].position > 0
+        if trunk:
+            for branch in range(step.branches):
+                context.copy(0, branch + 1)
+        self._evaluate(context, step.placed, step.branches, owner)
+        for branch in range(step.branches):
+            context.remove(branch + 1)
+        return step.finished
+
+    def _evaluate(
+        self, context: Context, placed: Sequence[Placed], branches: int | None, owner: Sequence[tuple[_OpenScore, int]]
+    ) -> None:
+        context.clear_batch()
+        reading: list[Placed] = []
+        for item in placed:
+            sequences = (0,) if branches is None else tuple(branch + 1 for branch in item.branches)
+            context.add(item.token, item.position, sequences, bool(item.readings))
+            if item.readings:
+                reading.append(item)
+        rows = context.decode()
+        for row, item in zip(rows, reading, strict=True):
+            values, best = self._read(row, [entry.target for entry in item.readings])
+            for entry, value in zip(item.readings, values, strict=True):
+                opened, index = owner[entry.request]
+                opened.add(index, value, entry.target == best)
+
+    def _whole(self, context: Context, request: Request, opened: _OpenScore, index: int) -> None:
+        batch = context.batch_tokens
+        for start in range(0, request.decoded, batch):
+            context.clear_batch()
+            end = min(start + batch, request.decoded)
+            for position in range(start, end):
+                context.add(request.tokens[position], position, (0,), position + 1 >= request.scored_from)
+            first = max(start, request.scored_from - 1)
+            for offset, row in enumerate(context.decode()):
+                target = request.tokens[first + offset + 1]
+                values, best = self._read(row, [target])
+                opened.add(index, values[0], target == best)
+
+    # --- generation ---------------------------------------------------------------------------------------------------
+    def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Generated]:
+        """Greedy continuous batching; a finished sequence is replaced at once."""
+        waiting: list[tuple[GenerateRequest, list[int]]] = []
+        for request in requests:
+            tokens = self._model.tokenize(request.prompt)
+            needed = len(tokens) + request.max_new_tokens
+            if not tokens:
+                yield Generated(request.key, problem=Problem(code="empty_prompt", message="the prompt has no token"))
+            elif needed > self._window:
+                yield Generated(request.key, len(tokens), problem=self._too_long(needed, "prompt and answer"))
+            else:
+                waiting.append((request, tokens))
+        if waiting:
+            yield from self._batches(waiting)
+
+    def _batches(self, waiting: list[tuple[GenerateRequest, list[int]]]) -> Iterator[Generated]:
+        prefix, slots, context = self._prepare(waiting)
+        waiting = list(reversed(waiting))
+        active: dict[int, _Slot] = {}
+        free = [index + 1 for index in reversed(range(slots))]
+        while waiting or active:
+            admitted: dict[int, _Slot] = {}
+            while waiting and free:
+                request, tokens = waiting.pop()
+                admitted[free.pop()] = _Slot(request, tokens, prefix, TextBuffer(request.stop))
+            if admitted:
+                chosen = self._prefill(context, admitted, prefix)
+                active.update(admitted)
+            else:
+                chosen = self._decode_step(context, active)
+            for sequence, token in chosen.items():
+                result = self._advance(active[sequence], token)
+                if result is not None:
+                    context.remove(sequence)
+                    del active[sequence]
+                    free.append(sequence)
+                    yield result
+
+    def _prepare(self, waiting: Sequence[tuple[GenerateRequest, list[int]]]) -> tuple[int, int, Context]:
+        """Decode the common prefix into sequence 0 and choose how many sequences run side by side."""
+        prefix = 0 if self._model.recurrent else common_prefix([tokens for _, tokens in waiting])
+        if prefix < SHORT_PREFIX:
+            prefix = 0
+        own = max(len(tokens) - prefix + request.max_new_tokens for request, tokens in waiting)
+        slots = 1 if self._model.recurrent else min(self._options.sequences, len(waiting), self._affordable(prefix, own))
+        context = self._need(prefix + own * slots, slots + 1)
+        if prefix:
+            self._feed(context, [(0, waiting[0][1][:prefix], 0, False)])
+        return prefix, slots, context
+
+    def _affordable(self, prefix: int, own: int) -> int:
+        """How many sequences of `own` positions the key-value memory's budget holds beside the prefix; at least one."""
+        if self._options.memory_bytes is None:
+            return self._options.sequences
+        return max(1, (self._options.memory_bytes // self._model.cell_bytes() - prefix) // own)
+
+    def _prefill(self, context: Context, admitted: dict[int, _Slot], prefix: int) -> dict[int, int]:
+        """Decode the own parts of the admitted prompts together; the first new token of each."""
+        if prefix:
+            for sequence in admitted:
+                context.copy(0, sequence)
+        return self._feed(context, [(sequence, slot.tokens[prefix:], prefix, True) for sequence, slot in admitted.items()])
+
+    def _feed(self, context: Context, parts: Sequence[tuple[int, Sequence[int], int, bool]]) -> dict[int, int]:
+        """Decode (sequence, tokens, first position, wants an answer) parts in full batches; the arg max after each part that wants one."""
+        chosen: dict[int, int] = {}
+        rows_of: list[int] = []
+
+        def run() -> None:
+            rows = context.decode()
+            chosen.update((sequence, int(row.argmax())) for sequence, row in zip(rows_of, rows, strict=True))
+            rows_of.clear()
+            context.clear_batch()
+
+        context.clear_batch()
+        for sequence, tokens, start, wants in parts:
+            for offset, token in enumerate(tokens):
+                last = wants and offset == len(tokens) - 1
+                context.add(token, start + offset, (sequence,), last)
+                if last:
+                    rows_of.append(sequence)
+                if context.batched == context.batch_tokens:
+                    run()
+        if context.batched:
+            run()
+        return chosen
+
+    def _decode_step(self, context: Context, active: dict[int, _Slot]) -> dict[int, int]:
+        """One new token for every running sequence."""
+        context.clear_batch()
+        for sequence, slot in active.items():
+            context.add(slot.token, slot.position, (sequence,), True)
+            slot.position += 1
+        rows = context.decode()
+        return {sequence: int(row.argmax()) for sequence, row in zip(active, rows, strict=True)}
+
+    def _advance(self, slot: _Slot, token: int) -> Generated | None:
+        """Take a new token into a sequence; its result when that ends it."""
+        slot.token = token
+        slot.new_tokens += 1
+        finish = None
+        if self._model.is_end(token):
+            finish = "eos"
+        elif slot.buffer.push(self._model.piece(token)):
+            finish = "stop"
+        elif slot.new_tokens >= slot.request.max_new_tokens:
+            finish = "length"
+        if finish is None:
+            return None
+        text = slot.buffer.finish()
+        if slot.buffer.stopped:
+            finish = "stop"
+        return Generated(slot.request.key, len(slot.tokens), slot.new_tokens, text, finish)
+
+    # --- single stream ------------------------------------------------------------------------------------------------
+    def stream(self, prompt: str, max_new_tokens: int, choice: Choice) -> Iterator[Token]:
+        """One sequence, nothing reused; see the contract."""
+        tokens = self._model.tokenize(prompt)
+        needed = len(tokens) + max_new_tokens
+        if not tokens or needed > self._window:
+            problem = self._too_long(needed, "prompt and answer")
+            raise BadInput("the prompt has no token" if not tokens else problem.message, problem.hint)
+        context = self._need(needed, 1)
+        chooser = TokenChooser(self._numpy, choice, self._model.piece)
+        row = self._prompt_row(context, tokens)
+        for position in range(len(tokens), needed):
+            token, logprob, top = chooser(row)
+            yield Token(token, self._model.piece(token), self._model.is_end(token), logprob, top)
+            if position + 1 == needed:
+                return
+            context.clear_batch()
+            context.add(token, position, (0,), True)
+            row = context.decode()[0]
+
+    def _prompt_row(self, context: Context, tokens: Sequence[int]) -> Any:
+        """Decode a whole prompt into sequence 0; the logits row after its last token."""
+        row = None
+        for start in range(0, len(tokens), context.batch_tokens):
+            context.clear_batch()
+            end = min(start + context.batch_tokens, len(tokens))
+            for position in range(start, end):
+                context.add(tokens[position], position, (0,), position == len(tokens) - 1)
+            rows = context.decode()
+            row = rows[0] if len(rows) else None
+        return row
+
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """The conversation as prompt text by the model's own template, rendered in jinja2's immutable sandbox."""
+        template = self._model.metadata("tokenizer.chat_template")
+        if template is None:
+            raise BadInput("this model has no chat template", "use /v1/completions, or export the model with its chat template")
+        return render_template(template, messages, self._model.special_text())
+
+
+class _OpenScore:
+    """A request whose continuations are not all scored yet."""
+
+    def __init__(self, key: int, prompt_tokens: int, sequences: Sequence[Request]) -> None:
+        self.key = key
+        self.prompt_tokens = prompt_tokens
+        self.sequences = tuple(sequences)
+        self.left = len(self.sequences)
+        self._sums = [0.0] * len(self.sequences)
+        self._greedy = [True] * len(self.sequences)
+
+    def add(self, continuation: int, logprob: float, greedy: bool) -> None:
+        """Count one token of a continuation."""
+        self._sums[continuation] += logprob
+        self._greedy[continuation] &= greedy
+
+    def result(self) -> Scored:
+        """The finished scores."""
+        lengths = tuple(len(item.tokens) - item.scored_from for item in self.sequences)
+        return Scored(self.key, self.prompt_tokens, tuple(self._sums), tuple(self._greedy), lengths)

@@ -1,0 +1,35 @@
+"""Chat templates: a conversation becomes prompt text. Templates come with the model file, so they are hostile until shown otherwise.
+
+Rendered in jinja2's immutable sandbox inside the worker process, which dies at its deadline if a template loops for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from joulemark.errors import BadInput, MissingExtra
+
+
+def render_template(template: str, messages: Sequence[dict[str, str]], special: Mapping[str, str]) -> str:
+    """The prompt for `messages`, with the generation prompt appended. Raises BadInput when the template fails."""
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise MissingExtra("chat templates need jinja2", "pip install 'joulemark[llama]'") from error
+
+    def raise_exception(message: str) -> None:
+        raise BadInput(f"the model's chat template refuses these messages: {message}", "change the roles or their order")
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    try:
+        compiled = environment.from_string(template)
+        return compiled.render(
+            messages=list(messages), add_generation_prompt=True, raise_exception=raise_exception, **special
+        )
+    except (TemplateError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(
+            f"the model's chat template cannot be rendered: {error}", "use /v1/completions with a prompt of your own"
+        ) from error

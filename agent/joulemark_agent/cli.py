@@ -1,0 +1,145 @@
+"""The agent's commands: agent, eval, verify, doctor. Reads options, shows progress, turns errors into a message and an exit status.
+
+Exit status: 0 done, 1 it failed (the message says why and what to do), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from joulemark.errors import BadInput, JoulemarkError, to_problem
+from joulemark_agent.sysfs import Roots
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line; the only place of this program's commands where errors are caught broadly."""
+    try:
+        return int(app(args=list(arguments), prog_name="joulemark", standalone_mode=False) or 0)
+    except typer.Exit as leave:
+        return leave.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("joulemark: stopped; what was finished is kept\n")
+        return 130
+    except (JoulemarkError, OSError) as error:
+        problem = to_problem(error)
+        sys.stderr.write(f"joulemark: {problem.message}\n" + (f"  hint: {problem.hint}\n" if problem.hint else ""))
+        return 1
+    except Exception as error:
+        # Usage errors are click's; they know how to show themselves. Anything else is a defect and keeps its traceback.
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        return int(getattr(error, "exit_code", 2))
+
+
+@app.callback()
+def joulemark() -> None:
+    """Evaluate compressed language models on this board: accuracy, latency, memory and joules of the same file."""
+
+
+@app.command()
+def agent(
+    data: Annotated[Path, typer.Option(help="Folder that the agent owns: artifacts, journal, outbox.")] = Path(
+        "~/.local/share/joulemark/agent"
+    ),
+    listen: Annotated[str, typer.Option(help="Address and port to serve on; port 0 takes a free one.")] = "127.0.0.1:8090",
+    host_url: Annotated[str | None, typer.Option(help="The host that records go to and artifacts come from.")] = None,
+    name: Annotated[str | None, typer.Option(help="What people call this board; default: its host name.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Device profile; default: the one that matches.")] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="Play this recorded trace back as a meter (for trials; results say so).")
+    ] = None,
+    allow_unauthenticated: Annotated[
+        bool, typer.Option(help="Serve beyond loopback although there is no authentication yet.")
+    ] = False,
+) -> None:
+    """Serve this board: take models and task packs, run them one at a time, deliver the records.
+
+    Example: joulemark agent --listen 127.0.0.1:8090 --host-url http://127.0.0.1:8080
+    """
+    from joulemark_agent.server import serve
+    from joulemark_agent.settings import Settings
+
+    settings = Settings(
+        data=data.expanduser(), name=name or platform.node() or "board", host_url=host_url, profile=profile, replay=replay
+    )
+    serve(settings, listen, allow_unauthenticated)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A GGUF file.")],
+    task: Annotated[str, typer.Option(help="Tasks, separated by commas.")] = "arc_challenge,gsm8k_cot",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first documents of each task.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for records and lm-eval files; an interrupted run resumes there.")] = Path(
+        "results"
+    ),
+    threads: Annotated[int | None, typer.Option(min=1, help="Engine threads; default: all usable cores.")] = None,
+    sequences: Annotated[int, typer.Option(min=1, max=200, help="Answers generated side by side.")] = 16,
+    context: Annotated[int | None, typer.Option(min=16, help="Context length; default: the model's own.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Engine; default: the profile's first that opens the file.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Device profile; default: the one that matches.")] = None,
+    replay: Annotated[Path | None, typer.Option(help="Play this recorded trace back as a meter (results say so).")] = None,
+    idle: Annotated[float, typer.Option(min=0.5, help="Seconds of idle window before the run.")] = 3.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print summaries as JSON instead of a table.")] = False,
+) -> None:
+    """Evaluate a model file on this machine: no host, no agent, the same worker, scorer, sampler and record as on a board.
+
+    Example: joulemark eval model.gguf --task arc_challenge,gsm8k_cot --limit 50 --out results
+    """
+    from joulemark.wire import RunSpec
+    from joulemark_agent.local_view import run_and_show
+
+    base = RunSpec(
+        run_id="run",
+        artifact_id="0" * 64,
+        pack_id="0" * 64,
+        limit=limit,
+        threads=threads,
+        sequences=sequences,
+        context_tokens=context,
+        backend=backend,
+        idle_s=idle,
+    )
+    names = [part.strip() for part in task.split(",") if part.strip()]
+    if not names:
+        raise BadInput("no task was named", "for example --task arc_challenge")
+    raise typer.Exit(run_and_show(model.expanduser(), names, base, out.expanduser(), Roots(), profile, replay, as_json))
+
+
+@app.command()
+def verify(
+    ours: Annotated[Path, typer.Argument(help="Our samples_*.jsonl, or a folder with one for the same task.")],
+    against: Annotated[Path, typer.Option(help="lm-eval's samples_*.jsonl of the same task.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+) -> None:
+    """Compare our result with lm-eval's item by item: prompts, log-probabilities, choices, texts, scores.
+
+    Exit status 1 when they disagree. Example: joulemark verify results --against samples_arc_challenge_2026.jsonl
+    """
+    from joulemark_agent.local_view import show_comparison
+
+    raise typer.Exit(show_comparison(ours, against, as_json))
+
+
+@app.command()
+def doctor(
+    data: Annotated[Path, typer.Option(help="The agent's data folder, for the free space.")] = Path(
+        "~/.local/share/joulemark/agent"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what this machine has: cores, memory, bandwidth, engines, meters, clock, contention; and what to do about problems."""
+    from joulemark_agent.local_view import show_findings
+
+    raise typer.Exit(show_findings(Roots(), data.expanduser(), as_json))
+
+

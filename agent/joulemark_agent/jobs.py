@@ -1,0 +1,382 @@
+"""The agent's run queue: one run at a time, each in a worker process of its own, each ending in exactly one record.
+
+Supervises: starts the worker and the sampler, journals what the worker says, resumes a run whose worker died after making
+progress, gives up with the reason when it did not, builds the record. Knows nothing of HTTP. Its thread holds `machine` while a run
+lasts, so that nothing else the agent does (completions, deliveries) disturbs the timing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from joulemark import packs, plugins
+from joulemark.errors import BadInput, JoulemarkError, NotFound, to_problem
+from joulemark.wire import Clock, DeviceFacts, Manifest, Metric, Problem, RunRecord, RunSpec, RunState
+from joulemark_agent import reporting
+from joulemark_agent.journal import Attempt, Journal
+from joulemark_agent.messages import (
+    Beat,
+    EvaluateJob,
+    Failed,
+    Finished,
+    ItemDone,
+    LatencyDone,
+    Loaded,
+    Message,
+    PhaseEnded,
+    PhaseStarted,
+)
+from joulemark_agent.machine import boot_id, memory_field_bytes, usable_cores
+from joulemark_agent.profiles import DeviceProfile
+from joulemark_agent.reporting import FinalStatus, part_of_trace
+from joulemark_agent.sampling import Row, Sampler, open_sensors
+from joulemark_agent.sensors import SensorUse
+from joulemark_agent.sysfs import Roots
+from joulemark_agent.worker import Worker, WorkerStalled
+
+MAX_ATTEMPTS = 10
+# A worker that dies twice in a row before its first item will die a third time.
+MAX_FRUITLESS = 2
+AGENT_STOPPED = "agent_stopped"
+POLL_S = 0.5
+# The engine's buffers beside weights and key-value memory; SmolLM2-135M at 512-token batches took 120 MB.
+ENGINE_OVERHEAD_BYTES = 160 * 1024 * 1024
+
+log = logging.getLogger(__name__)
+
+
+class Library(Protocol):
+    """Where the models and packs of runs come from: the agent's store, or the files of a single command."""
+
+    def manifest(self, artifact_id: str) -> Manifest:
+        """Raises NotFound."""
+        ...
+
+    def file_path(self, sha256: str) -> Path:
+        """Raises NotFound when the file is not (completely) here."""
+        ...
+
+    def pack_path(self, pack_id: str) -> Path:
+        """Raises NotFound."""
+        ...
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What runs need to know of the machine; `bandwidth` measures the memory's read bandwidth when called."""
+
+    profile: DeviceProfile
+    roots: Roots
+    facts: Callable[[Metric], DeviceFacts]
+    bandwidth: Callable[[], Metric]
+    replay: Path | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """How an attempt ended. `problem` None: it finished. `again`: another attempt may do better."""
+
+    problem: Problem | None
+    again: bool = False
+    cancelled: bool = False
+    stopped: bool = False
+
+
+class Jobs:
+    """See the module. `on_record(run_id, body)` is called once per finished run, after the journal has the record."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        library: Library,
+        machine: Machine,
+        on_record: Callable[[str, bytes], None],
+        before_run: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._journal = journal
+        self._library = library
+        self._machine = machine
+        self._on_record = on_record
+        self._before_run = before_run
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._cancelled: set[str] = set()
+        self._thread = threading.Thread(target=self._loop, name="jobs", daemon=True)
+
+    # --- callers' side ------------------------------------------------------------------------------------------------
+    def start(self) -> None:
+        """Begin working; runs that an earlier agent left unfinished go first."""
+        for spec in self._journal.runs("done", "failed", "cancelled", "interrupted"):
+            self._deliver(spec.run_id)
+        self._thread.start()
+        self._wake.set()
+
+    def stop(self) -> None:
+        """End the current worker; its run stays in the journal and is resumed at the next start."""
+        self._stopping.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, spec: RunSpec) -> RunState:
+        """Queue a run. Raises NotFound for a missing artifact or pack, BadInput for an unknown backend, Conflict for a taken id."""
+        manifest = self._library.manifest(spec.artifact_id)
+        for entry in manifest.files:
+            self._library.file_path(entry.sha256)
+        pack = packs.read(self._library.pack_path(spec.pack_id), spec.pack_id)
+        packs.task_module(pack)
+        self._backend(spec, manifest)
+        self._journal.add_run(spec, len(pack.items[: spec.limit]))
+        self._wake.set()
+        return self._journal.state(spec.run_id)
+
+    def state(self, run_id: str) -> RunState:
+        """Raises NotFound."""
+        return self._journal.state(run_id)
+
+    def states(self) -> tuple[RunState, ...]:
+        """All runs in queue order."""
+        return tuple(self._journal.state(spec.run_id) for spec in self._journal.runs())
+
+    def record(self, run_id: str) -> bytes:
+        """The record of an ended run. Raises NotFound before that."""
+        self._journal.state(run_id)
+        return self._journal.record(run_id)
+
+    def cancel(self, run_id: str) -> RunState:
+        """Ask a queued or running run to end; an ended run stays as it is."""
+        state = self._journal.state(run_id)
+        if state.status in ("queued", "running"):
+            self._cancelled.add(run_id)
+            self._wake.set()
+        return state
+
+    def busy(self) -> bool:
+        """Whether a run is going on."""
+        return bool(self._journal.runs("running"))
+
+    # --- the thread ---------------------------------------------------------------------------------------------------
+    def _loop(self) -> None:
+        while not self._stopping.is_set():
+            waiting = self._journal.runs("running") or self._journal.runs("queued")
+            if not waiting:
+                self._wake.wait()
+                self._wake.clear()
+                continue
+            with self._machine.lock:
+                self._before_run()
+                self._run(waiting[0])
+
+    def _run(self, spec: RunSpec) -> None:
+        ended = _Ended(None)
+        memory_bandwidth: Metric | None = None
+        try:
+            self._journal.set_status(spec.run_id, "running")
+            while True:
+                refused = self._refuse(spec)
+                if refused is not None:
+                    ended = refused
+                    break
+                memory_bandwidth = memory_bandwidth or self._machine.bandwidth()
+                ended = self._attempt(spec)
+                if ended.stopped:
+                    return
+                if not ended.again:
+                    break
+        except (JoulemarkError, OSError) as error:
+            log.exception("run %s failed outside its worker", spec.run_id)
+            ended = _Ended(to_problem(error))
+        self._finish(spec, ended, memory_bandwidth)
+
+    def _refuse(self, spec: RunSpec) -> _Ended | None:
+        """Reasons not to start a worker (again)."""
+        if spec.run_id in self._cancelled:
+            return _Ended(None, cancelled=True)
+        attempts = self._journal.attempts(spec.run_id)
+        if len(attempts) >= MAX_ATTEMPTS or self._fruitless(spec.run_id, attempts) >= MAX_FRUITLESS:
+            return _Ended(attempts[-1].problem or _lost())
+        manifest = self._library.manifest(spec.artifact_id)
+        available = memory_field_bytes(self._machine.roots, "MemAvailable")
+        needed = manifest.weight_bytes + ENGINE_OVERHEAD_BYTES
+        if available is not None and available < needed:
+            problem = Problem(
+                code="does_not_fit",
+                message=f"{manifest.name} needs about {needed / 1e6:.0f} MB, {available / 1e6:.0f} MB are available",
+                hint="use a smaller model or more bits off it, or stop other programs on the board",
+            )
+            return _Ended(problem)
+        return None
+
+    def _fruitless(self, run_id: str, attempts: Sequence[Attempt]) -> int:
+        """How many attempts in a row ended by the worker's fault without a single item."""
+        count = 0
+        for attempt in reversed(attempts):
+            by_worker = attempt.problem is not None and attempt.problem.code != AGENT_STOPPED
+            if not by_worker or self._journal.item_count(run_id, attempt.number):
+                break
+            count += 1
+        return count
+
+    def _backend(self, spec: RunSpec, manifest: Manifest) -> str:
+        return choose_backend((spec.backend,) if spec.backend else self._machine.profile.backends, manifest.format)
+
+    def _job(self, spec: RunSpec) -> EvaluateJob:
+        manifest = self._library.manifest(spec.artifact_id)
+        available = memory_field_bytes(self._machine.roots, "MemAvailable")
+        done = tuple(item.doc_id for item in self._journal.items(spec.run_id))
+        timed = max((len(attempt.latency) for attempt in self._journal.attempts(spec.run_id)), default=0)
+        return EvaluateJob(
+            spec=spec,
+            manifest=manifest,
+            backend=self._backend(spec, manifest),
+            threads=spec.threads or usable_cores(self._machine.roots),
+            memory_bytes=cache_budget(available, manifest),
+            model_path=str(self._library.file_path(manifest.files[0].sha256)),
+            pack_path=str(self._library.pack_path(spec.pack_id)),
+            done=done,
+            latency_done=timed >= spec.latency.prompts,
+        )
+
+    # --- one attempt --------------------------------------------------------------------------------------------------
+    def _attempt(self, spec: RunSpec) -> _Ended:
+        job = self._job(spec)
+        number = self._journal.begin_attempt(spec.run_id, self._now())
+        with Worker(job, self._machine.roots.proc / "vmstat") as worker:
+            sampler = self._start_sampling(spec, number, worker.pid)
+            try:
+                ended = self._listen(spec, number, worker)
+            finally:
+                trace = sampler.stop()
+        self._journal.end_attempt(spec.run_id, number, ended.problem, trace)
+        return ended
+
+    def _start_sampling(self, spec: RunSpec, attempt: int, pid: int) -> Sampler:
+        """Sample the profile's sensors around this worker; parts of the trace are journaled as they come."""
+        machine = self._machine
+        extra = [SensorUse("replay", {"path": str(machine.replay)})] if machine.replay else []
+        sensors, absent = open_sensors(machine.profile, machine.roots, pid, extra=extra)
+        interval_s = 1 / spec.sample_hz
+        channels = tuple(channel for sensor in sensors for channel in sensor.channels)
+        numbers = itertools.count()
+
+        def keep(rows: list[Row]) -> None:
+            self._journal.add_samples(spec.run_id, attempt, next(numbers), part_of_trace(channels, rows, interval_s))
+
+        sampler = Sampler(sensors, interval_s, on_chunk=keep, absent=absent)
+        sampler.start()
+        return sampler
+
+    def _listen(self, spec: RunSpec, attempt: int, worker: Worker) -> _Ended:
+        """Journal the worker's messages until it finishes, fails, dies, stalls, is cancelled, or the agent stops."""
+        deadline = time.monotonic() + spec.timeout_s
+        heard = time.monotonic()
+        while True:
+            if self._stopping.is_set():
+                return _Ended(_lost(), stopped=True)
+            if spec.run_id in self._cancelled:
+                return _Ended(None, cancelled=True)
+            if time.monotonic() > deadline:
+                return _Ended(_hung(f"the run took longer than its limit of {spec.timeout_s:g} s"))
+            try:
+                message = worker.receive(POLL_S)
+            except WorkerStalled:
+                if time.monotonic() - heard > spec.stall_timeout_s:
+                    return _Ended(_hung(f"the worker said nothing for {spec.stall_timeout_s:g} s"), again=True)
+                continue
+            heard = time.monotonic()
+            if message is None:
+                return _Ended(worker.explain_end() or _lost(), again=True)
+            if isinstance(message, Finished):
+                return _Ended(None)
+            if isinstance(message, Failed):
+                return _Ended(message.problem)
+            self._keep(spec, attempt, message)
+
+    def _keep(self, spec: RunSpec, attempt: int, message: Message) -> None:
+        journal, run = self._journal, spec.run_id
+        if isinstance(message, ItemDone):
+            journal.add_item(run, attempt, message.item)
+        elif isinstance(message, LatencyDone):
+            number = len(journal.attempts(run)[-1].latency)
+            journal.add_latency(run, attempt, number, message.sample)
+        elif isinstance(message, PhaseStarted):
+            journal.start_phase(run, attempt, message.name, message.start_s)
+        elif isinstance(message, PhaseEnded):
+            journal.end_phase(run, attempt, message.phase)
+        elif isinstance(message, Loaded):
+            journal.set_engine(run, message.engine)
+        elif not isinstance(message, Beat):
+            raise BadInput(f"the worker sent a {message.kind} message in an evaluation", "this is a defect: report it")
+
+    # --- the record ---------------------------------------------------------------------------------------------------
+    def _finish(self, spec: RunSpec, ended: _Ended, bandwidth: Metric | None) -> None:
+        status: FinalStatus = "cancelled" if ended.cancelled else "failed" if ended.problem else "done"
+        record = self._build(spec, status, ended.problem, bandwidth)
+        self._journal.set_record(spec.run_id, status, ended.problem, record.model_dump_json().encode())
+        self._cancelled.discard(spec.run_id)
+        self._deliver(spec.run_id)
+
+    def _now(self) -> Clock:
+        return Clock(monotonic_s=time.monotonic(), wall_s=time.time(), boot_id=str(boot_id(self._machine.roots)))
+
+    def _build(self, spec: RunSpec, status: FinalStatus, problem: Problem | None, bandwidth: Metric | None) -> RunRecord:
+        pack = packs.read(self._library.pack_path(spec.pack_id), spec.pack_id)
+        return reporting.build_record(
+            self._journal,
+            spec,
+            status,
+            problem,
+            self._library.manifest(spec.artifact_id),
+            packs.header(pack, spec.pack_id),
+            self._machine.facts(bandwidth or reporting.not_measured()),
+            self._now(),
+        )
+
+    def _deliver(self, run_id: str) -> None:
+        """Hand the record on; handing on twice is harmless, because receivers are idempotent."""
+        with contextlib.suppress(NotFound):
+            self._on_record(run_id, self._journal.record(run_id))
+
+
+def cache_budget(available_bytes: int | None, manifest: Manifest) -> int:
+    """What the key-value memory may take: half of what the weights and the engine leave of the available memory."""
+    if available_bytes is None:
+        return manifest.weight_bytes
+    return max(0, available_bytes - manifest.weight_bytes - ENGINE_OVERHEAD_BYTES) // 2
+
+
+def choose_backend(wanted: Sequence[str], artifact_format: str) -> str:
+    """The first of `wanted` that opens the format. Raises NotFound for an unknown backend, BadInput when none opens it."""
+    for name in wanted:
+        if artifact_format in plugins.load("joulemark_agent.backends", name).FORMATS:
+            return name
+    raise BadInput(
+        f"no backend of {', '.join(wanted)} opens a {artifact_format} artifact",
+        "choose one with `backend`, or export the model in another format",
+    )
+
+
+def _lost() -> Problem:
+    return Problem(
+        code=AGENT_STOPPED,
+        message="the agent stopped while the run was going on",
+        hint="the run resumes at the next item when the agent starts again",
+        retryable=True,
+    )
+
+
+def _hung(message: str) -> Problem:
+    return Problem(
+        code="worker_hung", message=message, hint="the worker was killed; raise the limit if the board is merely slow"
+    )
+
+

@@ -1,0 +1,214 @@
+"""What the agent's commands show on a terminal: progress bars, the result table, the comparison, the doctor's findings.
+
+Only turns values into text; decides nothing. Everything a model or a file said is shown as plain text, never as markup.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from joulemark import lmeval, packs, sources
+from joulemark.errors import BadInput
+from joulemark.metrics import METRICS
+from joulemark.wire import Absent, Measure, Metric, RunRecord, RunSpec, RunState
+from joulemark_agent import doctor, local_run
+from joulemark_agent.sysfs import Roots
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+# What the table shows, in this order; the record has the rest.
+SHOWN = (
+    "accuracy",
+    "ttft_p50",
+    "itl_p50",
+    "itl_p95",
+    "prefill_rate",
+    "decode_rate",
+    "items_rate",
+    "bandwidth_utilisation",
+    "energy_per_token",
+    "energy_per_correct",
+    "peak_pss",
+    "peak_temperature",
+    "sampler_cpu_share",
+)
+_PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def run_and_show(
+    model: Path,
+    tasks: Sequence[str],
+    base: RunSpec,
+    output: Path,
+    roots: Roots,
+    profile: str | None,
+    replay: Path | None,
+    as_json: bool,
+) -> int:
+    """The whole of `joulemark eval`. Returns 0 when all runs are done, 1 when one failed."""
+    console = Console(stderr=True)
+    output.mkdir(parents=True, exist_ok=True)
+    with _downloads(console) as downloaded:
+        rendered = local_run.render_packs(tasks, sources.default_cache(), output, downloaded)
+    files = local_run.prepare(model, rendered, None)
+    machine = local_run.local_machine(roots, "local", "this machine", profile, replay)
+    with _run_bars(console) as watch:
+        records = local_run.evaluate(files, base, machine, output, watch)
+    for record in records:
+        if record.status == "done":
+            lmeval.write(record, packs.read(rendered[record.spec.pack_id]), output)
+    if as_json:
+        sys.stdout.write(json.dumps([_plain(record) for record in records], indent=2, ensure_ascii=False) + "\n")
+    else:
+        show_records(Console(), records)
+        Console().print(f"records and lm-eval files are in {escape(str(output))}")
+    return 0 if all(record.status == "done" for record in records) else 1
+
+
+def _plain(record: RunRecord) -> dict[str, Any]:
+    keep = {"spec", "manifest", "pack", "status", "engine", "summary", "verdict", "problem", "attempts"}
+    return record.model_dump(mode="json", include=keep)
+
+
+@contextmanager
+def _downloads(console: Console) -> Iterator[Any]:
+    columns = (TextColumn("fetching the data sets"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("fetch", total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total or None)
+
+
+@contextmanager
+def _run_bars(console: Console) -> Iterator[Any]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} items"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        bars: dict[str, Any] = {}
+
+        def watch(state: RunState, name: str) -> None:
+            if state.run_id not in bars:
+                bars[state.run_id] = progress.add_task(name, total=state.items_total)
+            words = state.phase or state.status
+            progress.update(bars[state.run_id], description=f"{name}: {words}", completed=state.items_done)
+
+        yield watch
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+def show_records(console: Console, records: Sequence[RunRecord]) -> None:
+    """One column a record, one line a figure, the verdicts below."""
+    table = Table(title=escape(records[0].manifest.name) if records else None, title_justify="left")
+    table.add_column("figure")
+    for record in records:
+        table.add_column(escape(record.pack.task), justify="right")
+    for name in SHOWN:
+        cells = [_cell(record, name) for record in records]
+        if any(cells):
+            table.add_row(METRICS[name].title, *cells)
+    table.add_row("items answered", *[str(len(record.items)) for record in records])
+    console.print(table)
+    for record in records:
+        for line in _verdict_lines(record):
+            console.print(line)
+
+
+def _cell(record: RunRecord, name: str) -> str:
+    metric = record.summary.metrics.get(name) if record.summary else None
+    return "" if metric is None else escape(show_metric(metric))
+
+
+def show_metric(metric: Metric) -> str:
+    """A figure with unit and interval, or a dash with the reason."""
+    if isinstance(metric, Absent):
+        return f"— ({metric.reason[:60]})"
+    interval = ""
+    if metric.low is not None and metric.high is not None:
+        interval = f" [{show_number(metric.low, metric.unit)}–{show_number(metric.high, metric.unit)}]"
+    return f"{show_number(metric.value, metric.unit)} {_unit(metric)}{interval}".replace("  ", " ").strip()
+
+
+def _unit(metric: Measure) -> str:
+    return {"1": "", "By": "B", "Cel": "°C"}.get(metric.unit, metric.unit)
+
+
+def show_number(value: float, unit: str) -> str:
+    """Three significant digits; bytes with a decimal prefix."""
+    if unit == "By":
+        for size, prefix in _PREFIXES:
+            if abs(value) >= size:
+                return f"{value / size:.3g} {prefix}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _verdict_lines(record: RunRecord) -> Iterator[str]:
+    name = escape(record.pack.task)
+    if record.problem is not None:
+        yield f"{name}: [bold red]{record.status}[/] {escape(record.problem.message)}"
+        if record.problem.hint:
+            yield f"  hint: {escape(record.problem.hint)}"
+    if record.verdict.valid:
+        yield f"{name}: [bold green]VALID[/]"
+    else:
+        yield f"{name}: [bold yellow]INVALID[/] (not to be compared or published)"
+        yield from (f"  - {escape(reason)}" for reason in record.verdict.reasons)
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
+def show_comparison(ours: Path, against: Path, as_json: bool) -> int:
+    """The whole of `joulemark verify`. Returns 0 when the two agree."""
+    theirs = lmeval.read_samples(against)
+    mine = lmeval.read_samples(_samples_file(ours, against))
+    comparison = lmeval.compare(mine, theirs)
+    if as_json:
+        sys.stdout.write(json.dumps(comparison.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    else:
+        console = Console()
+        for line in comparison.lines():
+            console.print(escape(line))
+    return 0 if comparison.agrees else 1
+
+
+def _samples_file(ours: Path, against: Path) -> Path:
+    if not ours.is_dir():
+        return ours
+    found = sorted(ours.glob("samples_*.jsonl"))
+    task = against.name.removeprefix("samples_").rsplit("_", 1)[0]
+    same = [path for path in found if path.name.removeprefix("samples_").rsplit("_", 1)[0] == task]
+    if not same and len(found) != 1:
+        raise BadInput(
+            f"{ours} has {len(found)} sample files and none is named for task {task!r}", "name the file instead of the folder"
+        )
+    return (same or found)[-1]
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+_MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[bold red]problem[/]", "unknown": "[dim]unknown[/]"}
+
+
+def show_findings(roots: Roots, data: Path, as_json: bool) -> int:
+    """The whole of `joulemark doctor`. Returns 1 when there is a problem."""
+    findings = doctor.examine(roots, data)
+    if as_json:
+        sys.stdout.write(doctor.to_json(findings) + "\n")
+    else:
+        table = Table(show_lines=False)
+        table.add_column("area")
+        table.add_column("state")
+        table.add_column("finding", overflow="fold")
+        for finding in findings:
+            text = escape(finding.text) + (f"\n[bold]→ {escape(finding.fix)}[/]" if finding.fix else "")
+            table.add_row(escape(finding.area), _MARKS[finding.status], text)
+        Console().print(table)
+    return 1 if any(finding.status == "problem" for finding in findings) else 0

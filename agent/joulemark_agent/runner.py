@@ -1,0 +1,228 @@
+"""One evaluation inside the worker process: the phases, the clock, the order of things.
+
+    verify the file | idle window | load | warm-up | latency phase | accuracy phase | cool-down
+
+Owns the clock: backends never report time. Latency is single stream without reuse; accuracy uses all sharing that the engine offers; their
+numbers are never mixed. Says what happens through `emit`; keeps nothing. Not aware of sensors, SQLite or HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+from joulemark import packs, plugins
+from joulemark.artifact import hash_file
+from joulemark.errors import BadInput, DigestMismatch
+from joulemark.grading import Outcome
+from joulemark.wire import ItemRecord, LatencySample, PackItem, Phase, TaskPack
+from joulemark_agent.backends import Choice, Generated, GenerateRequest, Options, Scored, ScoreRequest, Session
+from joulemark_agent.messages import (
+    Beat,
+    EvaluateJob,
+    Finished,
+    ItemDone,
+    LatencyDone,
+    Loaded,
+    Message,
+    PhaseEnded,
+    PhaseStarted,
+    ServeJob,
+)
+
+BEAT_INTERVAL_S = 1.0
+PhaseName = Literal["idle", "load", "warmup", "latency", "accuracy", "cooldown"]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the runner is given: the monotonic clock, a sleep, and where to say things."""
+
+    clock: Callable[[], float]
+    sleep: Callable[[float], None]
+    emit: Callable[[Message], None]
+
+
+class Heart:
+    """Passes on the engine's beats, at most one a second."""
+
+    def __init__(self, around: Surroundings) -> None:
+        self._around = around
+        self._last = around.clock()
+
+    def __call__(self) -> None:
+        now = self._around.clock()
+        if now - self._last >= BEAT_INTERVAL_S:
+            self._last = now
+            self._around.emit(Beat())
+
+
+def open_backend(job: EvaluateJob | ServeJob, options: Options) -> Session:
+    """Open the job's model with the named backend. Raises BadInput when it cannot read the artifact's format."""
+    backend = plugins.load("joulemark_agent.backends", job.backend)
+    if job.manifest.format not in backend.FORMATS:
+        raise BadInput(
+            f"backend {job.backend} cannot open a {job.manifest.format} artifact",
+            f"it opens: {', '.join(backend.FORMATS)}",
+        )
+    return backend.open_session(Path(job.model_path), options)
+
+
+def verify_model(job: EvaluateJob | ServeJob) -> str:
+    """Re-hash the model file right before it is loaded: bits rot, and engines do not notice."""
+    expected = job.manifest.files[0].sha256
+    actual = hash_file(Path(job.model_path))
+    if actual != expected:
+        raise DigestMismatch(
+            f"the stored model {job.manifest.name} is damaged: sha256 {actual[:12]}… instead of {expected[:12]}…",
+            "push the artifact again; if it happens twice, check the SD card",
+        )
+    return actual
+
+
+def evaluate(job: EvaluateJob, around: Surroundings) -> None:
+    """Run all phases. Raises JoulemarkErrors for what ends the run; a single item's trouble is a problem on that item."""
+    spec = job.spec
+    digest = verify_model(job)
+    pack = packs.read(Path(job.pack_path), spec.pack_id)
+    task = packs.task_module(pack)
+    chosen = pack.items[: spec.limit]
+    done = set(job.done)
+    with _phase("idle", around):
+        around.sleep(spec.idle_s)
+    with _phase("load", around):
+        options = Options(
+            threads=job.threads,
+            model_sha256=digest,
+            context_tokens=spec.context_tokens,
+            batch_tokens=spec.batch_tokens,
+            sequences=spec.sequences,
+            memory_bytes=job.memory_bytes,
+            beat=Heart(around),
+        )
+        session = open_backend(job, options)
+    try:
+        around.emit(Loaded(engine=session.facts()))
+        _measure_latency(session, job, chosen, around)
+        with _phase("accuracy", around):
+            remaining = [item for item in chosen if item.doc_id not in done]
+            for record in _answer(session, pack, task, remaining, around.clock):
+                around.emit(ItemDone(item=record))
+        around.emit(Loaded(engine=session.facts()))
+    finally:
+        session.close()
+    with _phase("cooldown", around):
+        around.sleep(spec.cooldown_s)
+    around.emit(Finished())
+
+
+@contextmanager
+def _phase(name: PhaseName, around: Surroundings) -> Iterator[None]:
+    start = around.clock()
+    around.emit(PhaseStarted(name=name, start_s=start))
+    yield
+    around.emit(PhaseEnded(phase=Phase(name=name, start_s=start, end_s=around.clock())))
+
+
+# --- latency ----------------------------------------------------------------------------------------------------------
+def _measure_latency(session: Session, job: EvaluateJob, items: Sequence[PackItem], around: Surroundings) -> None:
+    """Warm up, then time single-stream generations over the pack's first prompts that fit the context."""
+    plan = job.spec.latency
+    window = session.facts().context_tokens
+    fitting = (item for item in items if session.count_tokens(item.prompt) + plan.new_tokens <= window)
+    prompts = list(islice(fitting, plan.prompts))
+    if not prompts:
+        return
+    with _phase("warmup", around):
+        for _ in range(plan.warmup):
+            for _token in session.stream(prompts[0].prompt, plan.new_tokens, Choice()):
+                pass
+    if job.latency_done:
+        return
+    with _phase("latency", around):
+        for item in prompts:
+            around.emit(LatencyDone(sample=_time_stream(session, item, plan.new_tokens, around.clock)))
+
+
+def _time_stream(session: Session, item: PackItem, new_tokens: int, clock: Callable[[], float]) -> LatencySample:
+    times: list[float] = []
+    start = clock()
+    for _token in session.stream(item.prompt, new_tokens, Choice()):
+        times.append(clock())
+    return LatencySample(
+        doc_id=item.doc_id,
+        prompt_tokens=session.count_tokens(item.prompt),
+        start_s=start,
+        token_times_s=tuple(times),
+    )
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+def _answer(
+    session: Session, pack: TaskPack, task: ModuleType, items: Sequence[PackItem], clock: Callable[[], float]
+) -> Iterator[ItemRecord]:
+    by_document = {item.doc_id: item for item in items}
+    if pack.kind == "choice":
+        scoring = [
+            ScoreRequest(item.doc_id, item.prompt, tuple(" " + choice for choice in item.choices)) for item in items
+        ]
+        for scored in session.score(scoring):
+            yield _scored_record(by_document[scored.key], scored, task, clock())
+        return
+    generation = pack.generation
+    if generation is None:
+        raise BadInput(f"pack {pack.task} generates text but has no generation settings", "render the pack again")
+    generating = [
+        GenerateRequest(item.doc_id, item.prompt, generation.max_new_tokens, generation.stop) for item in items
+    ]
+    for generated in session.generate(generating):
+        yield _generated_record(by_document[generated.key], generated, task, clock())
+
+
+def _scored_record(item: PackItem, scored: Scored, task: ModuleType, now: float) -> ItemRecord:
+    digest = packs.prompt_sha256(item)
+    if scored.problem is not None:
+        return ItemRecord(
+            doc_id=item.doc_id,
+            prompt_sha256=digest,
+            end_s=now,
+            prompt_tokens=scored.prompt_tokens,
+            problem=scored.problem,
+        )
+    return ItemRecord(
+        doc_id=item.doc_id,
+        prompt_sha256=digest,
+        end_s=now,
+        prompt_tokens=scored.prompt_tokens,
+        choice_logprobs=scored.logprobs,
+        choice_greedy=scored.greedy,
+        grade=task.grade(item, Outcome(output=None, choice_logprobs=scored.logprobs)),
+    )
+
+
+def _generated_record(item: PackItem, generated: Generated, task: ModuleType, now: float) -> ItemRecord:
+    digest = packs.prompt_sha256(item)
+    if generated.problem is not None:
+        return ItemRecord(
+            doc_id=item.doc_id,
+            prompt_sha256=digest,
+            end_s=now,
+            prompt_tokens=generated.prompt_tokens,
+            problem=generated.problem,
+        )
+    return ItemRecord(
+        doc_id=item.doc_id,
+        prompt_sha256=digest,
+        end_s=now,
+        prompt_tokens=generated.prompt_tokens,
+        new_tokens=generated.new_tokens,
+        output=generated.text,
+        finish=generated.finish,
+        grade=task.grade(item, Outcome(output=generated.text, choice_logprobs=None)),
+    )
+

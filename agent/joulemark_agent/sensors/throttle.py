@@ -1,0 +1,157 @@
+"""Evidence that the machine slowed itself down: active cooling devices, a lowered frequency limit, throttle counters.
+
+Owns: what counts as evidence. A frequency below its maximum does not: governors lower it whenever there is little to
+do.
+- throttle.cooling: 1 while a cooling device that slows a processor is active (cur_state > 0). Fans, backlights, and
+  radios are cooling devices too and do not count; nor does "TCC Offset", whose state is a setting.
+- throttle.frequency_capped: 1 while a policy's `scaling_max_freq` is below what it was at the start: thermal pressure
+  or a person lowered it during the run. A limit that was set before is a property of the device, not an event.
+- throttle.events: new events in x86's `core_throttle_count` and `package_throttle_count` since the start, read once a
+  second (None between; nothing is lost, for the counters do not fall). Truth:
+  Documentation/driver-api/thermal/sysfs-api.rst, Documentation/ABI/testing/sysfs-devices-system-cpu
+  (thermal_throttle).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from joulemark.wire import Channel
+from joulemark_agent.sensors import NotPresent, Options, Pace, Sensor, Values
+from joulemark_agent.sysfs import KeptFile, Roots, Unreadable, entries, read_number, text_or_none
+
+_SLOWS_A_PROCESSOR = re.compile(
+    r"Processor$|(thermal-)?(cpufreq|cpuidle|devfreq)\b|intel_powerclamp$|.*throttle", re.ASCII
+)
+_EVENTS_INTERVAL_S = 1.0
+
+
+class _Cooling:
+    def __init__(self, files: list[KeptFile]) -> None:
+        self.files = files
+        self.channel = Channel(
+            name="throttle.cooling",
+            quantity="flag",
+            unit="1",
+            source=f"thermal: cur_state > 0 of {len(files)} cooling devices that slow a processor",
+        )
+
+    def read(self) -> float | None:
+        states = [state for file in self.files if (state := file.number()) is not None]
+        return float(any(state > 0 for state in states)) if states else None
+
+
+class _FrequencyCap:
+    def __init__(self, limits: list[tuple[KeptFile, float]]) -> None:
+        self.files = [file for file, _ in limits]
+        self._start_khz = [khz for _, khz in limits]
+        self.channel = Channel(
+            name="throttle.frequency_capped",
+            quantity="flag",
+            unit="1",
+            source="cpufreq: scaling_max_freq of a policy below its value at the start",
+        )
+
+    def read(self) -> float | None:
+        known = [(khz, start) for f, start in zip(self.files, self._start_khz, strict=True) if (khz := f.number())]
+        return float(any(khz < start for khz, start in known)) if known else None
+
+
+class _Events:
+    def __init__(self, counters: list[tuple[KeptFile, float]], clock: Callable[[], float]) -> None:
+        self.files = [file for file, _ in counters]
+        self._last = [count for _, count in counters]
+        self._sum = 0.0
+        self._pace = Pace(clock, _EVENTS_INTERVAL_S)
+        self.channel = Channel(
+            name="throttle.events",
+            quantity="count",
+            unit="1",
+            source="thermal_throttle: core and package throttle counts, new since the start",
+        )
+
+    def read(self) -> float | None:
+        return self._pace.read(self._events)
+
+    def _events(self) -> float | None:
+        counts = [file.number() for file in self.files]
+        if all(count is None for count in counts):
+            return None
+        for index, count in enumerate(counts):
+            if count is not None:
+                self._sum += max(0.0, count - self._last[index])
+                self._last[index] = count
+        return self._sum
+
+
+class _Throttle:
+    def __init__(self, parts: list[_Cooling | _FrequencyCap | _Events], missing: dict[str, str]) -> None:
+        self.channels = tuple(part.channel for part in parts)
+        self._parts = parts
+        self._missing = missing
+
+    def read(self) -> Values:
+        return tuple(part.read() for part in self._parts)
+
+    def notes(self) -> dict[str, str]:
+        failed = {part.channel.name: _explain(part.files) for part in self._parts if _explain(part.files)}
+        return {**self._missing, **failed}
+
+    def close(self) -> None:
+        for part in self._parts:
+            for file in part.files:
+                file.close()
+
+
+def _explain(files: list[KeptFile]) -> str:
+    return "; ".join([why for file in files if (why := file.explanation())][:4])
+
+
+def _cooling(roots: Roots) -> list[KeptFile]:
+    devices = [d for d in entries(roots.sys / "class" / "thermal") if d.name.startswith("cooling_device")]
+    slowing = [d for d in devices if _SLOWS_A_PROCESSOR.match(text_or_none(d / "type") or "")]
+    return [KeptFile(device / "cur_state") for device in slowing]
+
+
+def _limits(roots: Roots) -> list[tuple[KeptFile, float]]:
+    folder = roots.sys / "devices" / "system" / "cpu" / "cpufreq"
+    policies = [policy for policy in entries(folder) if policy.name.startswith("policy")]
+    found = [(KeptFile(p / "scaling_max_freq"), read_number(p / "scaling_max_freq")) for p in policies]
+    return [(file, khz) for file, khz in found if not isinstance(khz, Unreadable)]
+
+
+def _counters(roots: Roots) -> list[tuple[KeptFile, float]]:
+    """One counter per core and per package: siblings repeat their core's, every processor repeats its package's."""
+    seen: set[tuple[str, str, str]] = set()
+    found: list[tuple[KeptFile, float]] = []
+    for cpu in entries(roots.sys / "devices" / "system" / "cpu"):
+        package = text_or_none(cpu / "topology" / "physical_package_id") or cpu.name
+        core = text_or_none(cpu / "topology" / "core_id") or cpu.name
+        for name, key in (("core_throttle_count", core), ("package_throttle_count", "")):
+            count = read_number(cpu / "thermal_throttle" / name)
+            if not isinstance(count, Unreadable) and (name, package, key) not in seen:
+                seen.add((name, package, key))
+                found.append((KeptFile(cpu / "thermal_throttle" / name), count))
+    return found
+
+
+def probe(roots: Roots, options: Options) -> Sensor:
+    """What evidence this machine can give. Raises NotPresent when it can give none."""
+    parts: list[_Cooling | _FrequencyCap | _Events] = []
+    missing: dict[str, str] = {}
+    if cooling := _cooling(roots):
+        parts.append(_Cooling(cooling))
+    else:
+        missing["throttle.cooling"] = "no cooling device slows a processor here"
+    if limits := _limits(roots):
+        parts.append(_FrequencyCap(limits))
+    else:
+        missing["throttle.frequency_capped"] = "the kernel offers no cpufreq policy"
+    if counters := _counters(roots):
+        parts.append(_Events(counters, options.clock))
+    else:
+        missing["throttle.events"] = "the kernel counts no throttle events here (x86 with Intel's driver only)"
+    if not parts:
+        raise NotPresent("this machine cannot show throttling: " + "; ".join(missing.values()))
+    return _Throttle(parts, missing)

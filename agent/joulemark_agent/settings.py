@@ -1,0 +1,25 @@
+"""What an agent is told when it starts. Frozen; no file format, no reading of the environment: the command line fills it in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from joulemark_agent.sysfs import Roots
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`data` is the folder that the agent owns. `host_url` None: reports stay in the outbox and artifacts come by upload."""
+
+    data: Path
+    name: str
+    host_url: str | None = None
+    profile: str | None = None
+    roots: Roots = field(default_factory=Roots)
+    replay: Path | None = None
+    """A recorded trace that is played back as a meter, for tests and demonstrations; its channels say so."""
+    outbox_bytes: int = 256 * 1024 * 1024
+    outbox_age_s: float = 90 * 86_400.0
+    serve_idle_s: float = 300.0
+    """An engine that serves completions is unloaded after so long without a request."""

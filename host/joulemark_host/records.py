@@ -1,0 +1,278 @@
+"""Run records on the host: every body that an agent sent, kept whole, and what listings and grids need beside it.
+
+Storing is idempotent: the same bytes again are `unchanged`; other bytes under a run id that is taken are a Conflict and
+are put into quarantine, so that neither of the two is lost or silently believed. A record is stored in one transaction.
+The body is the truth; columns are `joulemark_host.facts.facts_of(body)` and are rebuilt when that function changes.
+Not aware of HTTP. Sizes are in bytes, times in seconds of the host's wall clock, which is passed in.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from joulemark.errors import BadInput, Conflict, NoSpace, NotFound, Unavailable
+from joulemark.wire import SCHEMA, Absent, Measure, Metric, Problem, RunRecord
+from pydantic import ValidationError
+from pydantic_core import from_json
+from sqlalchemy.engine import Connection, RowMapping
+from sqlalchemy.exc import DataError, IntegrityError, OperationalError
+
+from joulemark_host.facts import FACTS_VERSION, RunFacts, facts_of
+from joulemark_host.tables import METRICS_TABLE, QUARANTINE, RECORDS, open_database
+
+LOG = logging.getLogger(__name__)
+MAX_RECORD_BYTES = 64 * 2**20
+QUARANTINE_PER_RUN = 8
+
+
+class TooLarge(BadInput):
+    """A body above the size that this host takes."""
+
+    code = "too_large"
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A body that was set aside because its run id was taken."""
+
+    run_id: str
+    sha256: str
+    size_bytes: int
+    received_at: float
+
+
+def parse_record(body: bytes, max_bytes: int = MAX_RECORD_BYTES) -> RunRecord:
+    """The record in `body`. Raises TooLarge, or BadInput for malformed JSON, NaN, a newer schema or a wrong field."""
+    if len(body) > max_bytes:
+        raise TooLarge(
+            f"the record has {len(body)} bytes, this host takes {max_bytes}",
+            "lower the sample rate or split the task, or raise --max-record-bytes on the host",
+        )
+    _check_json(body)
+    try:
+        return RunRecord.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the record"
+        raise BadInput(
+            f"the record has {error.error_count()} wrong field(s); the first is {where}: {first['msg']}",
+            "agent and host must be of the same version: compare `joulemark --version` on both",
+        ) from error
+
+
+def _check_json(body: bytes) -> None:
+    """Strict JSON of a known schema; looked at before the fields, which a newer schema may have changed."""
+    try:
+        plain = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise BadInput(f"the record is not JSON: {error}", "send what GET /api/runs/{id}/record gives") from error
+    number = plain.get("schema_number", SCHEMA) if isinstance(plain, dict) else None
+    if isinstance(number, int) and number > SCHEMA:
+        raise BadInput(
+            f"the record has schema {number}; this host understands up to {SCHEMA}", "update joulemark on the host"
+        )
+
+
+class Records:
+    """The collection behind one database URL. Safe to use from several threads and processes."""
+
+    def __init__(
+        self, url: str, clock: Callable[[], float] = time.time, max_record_bytes: int = MAX_RECORD_BYTES
+    ) -> None:
+        self._engine = open_database(url)
+        self._clock = clock
+        self.max_record_bytes = max_record_bytes
+        self._derive_again()
+
+    def close(self) -> None:
+        """Gives the connections back."""
+        self._engine.dispose()
+
+    def put(self, body: bytes, run_id: str | None = None) -> Literal["created", "unchanged"]:
+        """Stores a record. `run_id`, where given, is the id under which it was sent and must be the record's own.
+
+        Raises BadInput, TooLarge, Conflict (quarantined), NoSpace or Unavailable (nothing was stored; send it again).
+        """
+        record = parse_record(body, self.max_record_bytes)
+        name = record.spec.run_id
+        if run_id is not None and run_id != name:
+            raise BadInput(f"the record of run {name!r} was sent under {run_id!r}", "send it under its own run id")
+        sha256 = hashlib.sha256(body).hexdigest()
+        facts = facts_of(record)
+        try:
+            with self._transaction() as connection:
+                known = _known_sha256(connection, name)
+                if known is None:
+                    self._insert(connection, facts, body, sha256)
+                    return "created"
+        except IntegrityError:  # another writer was faster with the same run id
+            with self._transaction() as connection:
+                known = _known_sha256(connection, name)
+        except (OverflowError, DataError) as error:
+            raise BadInput(
+                f"the record of run {name!r} holds a number out of range", f"the database says: {error}"
+            ) from error
+        if known == sha256:
+            return "unchanged"
+        kept = self._set_aside(name, body, sha256)
+        raise Conflict(
+            f"run {name!r} has another record here (sha256 {str(known)[:12]}, sent {sha256[:12]})",
+            f"the second one {'is in quarantine' if kept else 'was not kept: too many are'}; run ids must be unique",
+        )
+
+    def raw(self, run_id: str) -> bytes:
+        """The body exactly as it was sent. Raises NotFound."""
+        with self._transaction() as connection:
+            body = connection.execute(sa.select(RECORDS.c.body).where(RECORDS.c.run_id == run_id)).scalar()
+        if body is None:
+            raise NotFound(f"there is no record of run {run_id!r}", "`joulemark records` lists what is here")
+        return gzip.decompress(body)
+
+    def facts(self, task: str | None = None, metrics: Collection[str] | None = None) -> list[RunFacts]:
+        """All runs (of `task`) in order of receipt, with the named metrics (default: all)."""
+        query = sa.select(*(column for column in RECORDS.c if column.name != "body")).order_by(RECORDS.c.sequence)
+        figures = sa.select(METRICS_TABLE)
+        if task is not None:
+            query = query.where(RECORDS.c.task == task)
+            figures = figures.join(RECORDS, RECORDS.c.run_id == METRICS_TABLE.c.run_id).where(RECORDS.c.task == task)
+        if metrics is not None:
+            figures = figures.where(METRICS_TABLE.c.name.in_(metrics))
+        with self._transaction() as connection:
+            rows = connection.execute(query).mappings().all()
+            by_run: dict[str, dict[str, Metric]] = {}
+            for figure in connection.execute(figures).mappings():
+                by_run.setdefault(figure["run_id"], {})[figure["name"]] = _metric(figure)
+        return [_facts(row, by_run.get(row["run_id"], {})) for row in rows]
+
+    def tasks(self) -> list[str]:
+        """The tasks that any record is about, sorted."""
+        with self._transaction() as connection:
+            return list(connection.execute(sa.select(RECORDS.c.task).distinct().order_by(RECORDS.c.task)).scalars())
+
+    def quarantined(self) -> list[Quarantined]:
+        """What was set aside, in order of receipt."""
+        columns = (QUARANTINE.c.run_id, QUARANTINE.c.sha256, QUARANTINE.c.size_bytes, QUARANTINE.c.received_at)
+        with self._transaction() as connection:
+            rows = connection.execute(sa.select(*columns).order_by(QUARANTINE.c.number))
+            return [Quarantined(*row) for row in rows]
+
+    def _insert(self, connection: Connection, facts: RunFacts, body: bytes, sha256: str) -> None:
+        connection.execute(
+            sa.insert(RECORDS).values(
+                sha256=sha256,
+                size_bytes=len(body),
+                received_at=self._clock(),
+                body=gzip.compress(body, compresslevel=6, mtime=0),
+                **_columns(facts),
+            )
+        )
+        if facts.metrics:
+            connection.execute(sa.insert(METRICS_TABLE), _metric_rows(facts))
+
+    def _set_aside(self, run_id: str, body: bytes, sha256: str) -> bool:
+        """Keeps a conflicting body once; False when this run id has its full share of them already."""
+        same_run = QUARANTINE.c.run_id == run_id
+        try:
+            with self._transaction() as connection:
+                kept = set(connection.execute(sa.select(QUARANTINE.c.sha256).where(same_run)).scalars())
+                if sha256 in kept or len(kept) >= QUARANTINE_PER_RUN:
+                    return sha256 in kept
+                packed = gzip.compress(body, compresslevel=6, mtime=0)
+                row = {"run_id": run_id, "sha256": sha256, "size_bytes": len(body), "received_at": self._clock()}
+                connection.execute(sa.insert(QUARANTINE).values(body=packed, **row))
+        except IntegrityError:  # the same body came twice at the same time: it is kept
+            return True
+        return True
+
+    def _derive_again(self) -> None:
+        """Rebuilds the columns of records that an older `facts_of` derived, each in a transaction of its own."""
+        with self._transaction() as connection:
+            old = connection.execute(
+                sa.select(RECORDS.c.run_id).where(RECORDS.c.facts_version != FACTS_VERSION)
+            ).scalars()
+            run_ids = list(old)
+        for run_id in run_ids:
+            try:
+                facts = facts_of(parse_record(self.raw(run_id)))
+            except BadInput as error:
+                LOG.warning("the columns of run %s stay as an older version derived them: %s", run_id, error)
+                continue
+            with self._transaction() as connection:
+                connection.execute(sa.update(RECORDS).where(RECORDS.c.run_id == run_id).values(**_columns(facts)))
+                connection.execute(sa.delete(METRICS_TABLE).where(METRICS_TABLE.c.run_id == run_id))
+                if facts.metrics:
+                    connection.execute(sa.insert(METRICS_TABLE), _metric_rows(facts))
+
+    @contextmanager
+    def _transaction(self) -> Generator[Connection, None, None]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except OperationalError as error:
+            text = str(error.orig)
+            if "full" in text:
+                raise NoSpace(f"the record database cannot grow: {text}", "free some space; nothing is lost") from error
+            raise Unavailable(
+                f"the record database does not answer: {text}", "the agent keeps its record and will send it again"
+            ) from error
+
+
+def _known_sha256(connection: Connection, run_id: str) -> str | None:
+    return connection.execute(sa.select(RECORDS.c.sha256).where(RECORDS.c.run_id == run_id)).scalar()
+
+
+def _columns(facts: RunFacts) -> dict[str, Any]:
+    same = ("run_id", "status", "valid", "device_id", "device_name", "device_profile", "artifact_id", "model")
+    more = ("quantization", "weight_bytes", "pack_id", "task", "task_hash", "variant", "finished_at")
+    return {
+        **{name: getattr(facts, name) for name in same + more},
+        "facts_version": FACTS_VERSION,
+        "problem": facts.problem.model_dump() if facts.problem else None,
+        "reasons": list(facts.reasons),
+        "conditions": dict(facts.conditions),
+    }
+
+
+def _metric_rows(facts: RunFacts) -> Sequence[dict[str, Any]]:
+    empty = dict.fromkeys(column.name for column in METRICS_TABLE.c)
+    return [
+        {
+            **empty,
+            "run_id": facts.run_id,
+            "name": name,
+            **({"absent": metric.reason} if isinstance(metric, Absent) else metric.model_dump()),
+        }
+        for name, metric in facts.metrics.items()
+    ]
+
+
+def _metric(row: RowMapping) -> Metric:
+    if row["value"] is None:
+        return Absent(reason=row["absent"])
+    return Measure(
+        value=row["value"],
+        unit=row["unit"],
+        n=row["n"],
+        low=row["low"],
+        high=row["high"],
+        source=row["source"],
+    )
+
+
+def _facts(row: RowMapping, metrics: dict[str, Metric]) -> RunFacts:
+    names = (column.name for column in RECORDS.c)
+    skipped = {"body", "sha256", "size_bytes", "facts_version", "problem", "reasons"}
+    return RunFacts(
+        **{name: row[name] for name in names if name not in skipped},
+        problem=Problem(**row["problem"]) if row["problem"] else None,
+        reasons=tuple(row["reasons"]),
+        metrics=metrics,
+    )
