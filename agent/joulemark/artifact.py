@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from joulemark import gguf_header
+from joulemark import durable, gguf_header
 from joulemark.errors import BadInput, Conflict, DigestMismatch, NoSpace, NotFound
 from joulemark.wire import FileEntry, Manifest, canonical_json, content_id
 
@@ -94,8 +94,7 @@ def publish(folder: Path, manifest: Manifest, sources: Mapping[str, Path]) -> st
     try:
         for entry in manifest.files:
             _copy(sources[entry.path], temporary / entry.path, entry)
-        _write(temporary / MANIFEST_NAME, canonical_json(manifest))
-        _synchronise_folder(temporary)
+        durable.replace_file(temporary / MANIFEST_NAME, [canonical_json(manifest)])
         try:
             temporary.rename(folder)
         except OSError:
@@ -104,7 +103,7 @@ def publish(folder: Path, manifest: Manifest, sources: Mapping[str, Path]) -> st
             return _already_there(folder, manifest)  # another process published it meanwhile
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _synchronise_folder(folder.parent)
+    durable.synchronise_folder(folder.parent)
     return content_id(manifest)
 
 
@@ -174,21 +173,6 @@ def _copy(source: Path, target: Path, entry: FileEntry) -> None:
             f"and {entry.sha256}",
             "describe the file again: it changed since its manifest was made",
         )
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _synchronise_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_space(folder: Path, needed: int) -> None:

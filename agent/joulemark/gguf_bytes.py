@@ -14,7 +14,7 @@ from typing import Any
 MAX_HEADER_BYTES = 32 << 20
 """All metadata and tensor descriptions; the largest vocabularies (262,144 tokens, 514,906 merges) need some 16 MB."""
 MAX_ARRAY_STRINGS = 1 << 20
-"""Strings in all arrays together: each must be stepped over, which takes some 0.1 µs."""
+"""Strings in all arrays together: each must be stepped over, which takes some 0.15 µs."""
 MAX_STRING_BYTES = 16 << 20
 
 LENGTH = struct.Struct("<Q")
@@ -86,19 +86,20 @@ class HeaderBytes:
                 self.need(8 + length, what)
 
     def _step(self, count: int) -> int:
-        """Steps over whole strings that lie in the buffer and says over how many."""
+        """Steps over whole strings that lie in the buffer and says over how many: the hot loop, 0.15 µs a string."""
         buffer, unpack, end = self._buffer, LENGTH.unpack_from, len(self._buffer)
         position = self.position
-        for done in range(count):
-            if position + 8 > end:
-                self.position = position
-                return done
-            after = position + 8 + unpack(buffer, position)[0]
-            if after > end:
-                self.position = position
-                return done
-            position = after
-        self.position = position
+        done = 0
+        try:
+            for done in range(count):
+                after = position + 8 + unpack(buffer, position)[0]
+                if after > end:
+                    return done
+                position = after
+        except struct.error:  # fewer than eight bytes are left in the buffer
+            return done
+        finally:
+            self.position = position
         return count
 
     def since(self, start: int) -> Iterator[bytes]:

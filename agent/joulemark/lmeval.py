@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from joulemark import packs
+from joulemark import durable, packs
 from joulemark.errors import BadInput
 from joulemark.wire import Grade, ItemRecord, PackItem, RunRecord, TaskPack
 
@@ -75,12 +73,11 @@ def results(record: RunRecord, pack: TaskPack) -> dict[str, Any]:
 def write(record: RunRecord, pack: TaskPack, folder: Path) -> tuple[Path, Path]:
     """Writes both files into `folder` and returns their paths. The time in their names is when the run began (UTC)."""
     stamp = datetime.fromtimestamp(record.clock.wall_s, timezone.utc).strftime("%Y-%m-%dT%H-%M-%S.%f")
-    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in sample_lines(record, pack))
+    lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in sample_lines(record, pack)]
     summary = json.dumps(results(record, pack), indent=2, ensure_ascii=False)
-    folder.mkdir(parents=True, exist_ok=True)
     results_path, samples_path = folder / f"results_{stamp}.json", folder / f"samples_{pack.task}_{stamp}.jsonl"
-    _replace(results_path, iter([summary]))
-    _replace(samples_path, lines)
+    durable.replace_file(samples_path, (line.encode() for line in lines))
+    durable.replace_file(results_path, [summary.encode()])
     return results_path, samples_path
 
 
@@ -233,15 +230,3 @@ def _version(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
-
-
-def _replace(path: Path, pieces: Iterator[str]) -> None:
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from joulemark import plugins
+from joulemark import durable, plugins
 from joulemark.documents import Documents
 from joulemark.errors import NotFound, PackRejected
 from joulemark.wire import SCHEMA, PackHeader, PackItem, TaskPack, canonical_json
@@ -109,16 +107,7 @@ def task_hash(items: Iterable[PackItem], filters: int) -> str:
 def write(pack: TaskPack, path: Path) -> str:
     """Writes the canonical JSON (temporary name, fsync, rename) and returns the pack's id."""
     data = canonical_json(pack)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    durable.replace_file(path, [data])
     return hashlib.sha256(data).hexdigest()
 
 

@@ -7,6 +7,7 @@ text in `resps`, with lists instead of dictionaries in `arguments`. The prompt's
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -90,7 +91,7 @@ def parse(line: dict[str, Any]) -> Sample:
 
 def _read(file: BinaryIO, name: str) -> Iterator[Sample]:
     total = 0
-    for number in range(1, MAX_FILE_BYTES):
+    for number in itertools.count(1):
         data = file.readline(MAX_LINE_BYTES + 1)
         if not data:
             return

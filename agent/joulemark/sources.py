@@ -27,6 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from joulemark import durable
 from joulemark.artifact import hash_file
 from joulemark.errors import DigestMismatch, MissingExtra, NoSpace, NotFound, Unavailable
 from joulemark.wire import Absent
@@ -170,10 +171,8 @@ def _read_stamp(path: Path) -> object:
 
 
 def _write_stamp(path: Path, facts: Mapping[str, object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.stamp")
     try:
-        temporary.write_text(json.dumps(facts))
-        temporary.replace(_stamp(path))
+        durable.replace_file(_stamp(path), [json.dumps(facts).encode()])
     except OSError:
         return  # a read-only cache still holds a good file; without a stamp the next call hashes it again
 
@@ -204,7 +203,7 @@ def _download(source: Source, path: Path, progress: Progress | None, pip: Sequen
         with finished.open("rb") as file:
             os.fsync(file.fileno())
         finished.replace(path)
-    _synchronise_folder(path.parent)
+    durable.synchronise_folder(path.parent)
     facts = {"size_bytes": source.size_bytes, "modified_ns": path.stat().st_mtime_ns, "sha256": source.sha256}
     _write_stamp(path, facts)
     if progress is not None:
@@ -304,11 +303,3 @@ def _check_space(folder: Path, needed: int) -> None:
             f"the download needs {needed / 1e6:.0f} MB in {folder}, there are {free / 1e6:.0f} MB",
             "free some space, or set JOULEMARK_CACHE to a folder on a larger disk",
         )
-
-
-def _synchronise_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,7 +19,6 @@ from itertools import pairwise
 from typing import Literal
 
 from joulemark.wire import Absent, Phase, Trace
-
 from joulemark_agent.statistics import WindowEnergy, counter_energy, percentile, power_energy
 
 REQUIRED_COVERAGE = 0.95

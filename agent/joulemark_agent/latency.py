@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from joulemark.wire import Absent, LatencySample, Measure, Metric
-
 from joulemark_agent.statistics import percentile, supports_percentile
 
 

@@ -33,7 +33,7 @@ else:
 
 _MAX_PROFILE_BYTES = 256 * 1024
 _HERE = Path(__file__).resolve().parent
-Relative = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:@-]+(/[A-Za-z0-9._:@-]+)*$")]
+Relative = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._:@-]*(/[A-Za-z0-9_][A-Za-z0-9._:@-]*)*$")]
 
 
 class _Table(BaseModel):
@@ -80,7 +80,7 @@ def profile_folder() -> Path:
 def load_profiles(folder: Path | None = None) -> tuple[DeviceProfile, ...]:
     """All profiles of a folder (the shipped one by default), by id. Raises BadInput naming the file and the field."""
     folder = folder or profile_folder()
-    profiles = tuple(read_profile(path) for path in sorted(folder.glob("*.toml")))
+    profiles = tuple(read_profile(path) for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem))
     if not profiles:
         raise NotFound(f"there is no device profile in {folder}", "add a TOML file, see device_profiles/generic.toml")
     return profiles

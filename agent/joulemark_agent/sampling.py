@@ -12,9 +12,7 @@ over by a second thread, so that a slow disk does not cost ticks.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
-import queue
 import threading
 import time
 from array import array
@@ -25,10 +23,10 @@ from typing import NamedTuple, Protocol
 from joulemark import plugins
 from joulemark.errors import BadInput, Conflict
 from joulemark.wire import Absent, Channel, Trace
+from joulemark_agent.delivery import Delivery
 from joulemark_agent.sensors import NotPresent, Options, Sensor, SensorUse, Values
 from joulemark_agent.sysfs import Roots
 
-_LOG = logging.getLogger(__name__)
 _SENSORS = "joulemark_agent.sensors"
 _READ_ERRORS = (OSError, ValueError, ArithmeticError, LookupError, RuntimeError, TypeError)
 """What a sensor may raise in a read without ending the sampling."""
@@ -142,7 +140,7 @@ class Sampler:
         self._failures: dict[str, _Failures] = {}
         self._notes: dict[str, str] = {}
         self._ended_well = False
-        self._delivery = _Delivery(on_chunk) if on_chunk else None
+        self._delivery = Delivery(on_chunk) if on_chunk else None
         self._thread = threading.Thread(target=self._run, name="joulemark-sampler", daemon=True)
 
     @property
@@ -184,8 +182,8 @@ class Sampler:
             self._notes["sampler"] = f"the sensor of {hung[0]} did not answer within {silent_s:.1f} s"
         elif not self._ended_well:
             self._notes["sampler"] = "the sampling thread ended early or did not end; the log has the error"
-        if self._delivery:
-            self._notes.update(self._delivery.stop(self._patience_s))
+        if self._delivery and (problem := self._delivery.stop(self._patience_s)):
+            self._notes["sampler (chunks)"] = problem
         return self._trace()
 
     def _trace(self) -> Trace:
@@ -283,44 +281,6 @@ def _notes_and_close(sensor: Sensor) -> dict[str, str]:
         name = sensor.channels[0].name if sensor.channels else type(sensor).__name__
         return {f"{name} (close)": f"{type(error).__name__}: {error}"}
     return notes
-
-
-class _Delivery:
-    """Hands chunks to the caller's function in a thread of its own."""
-
-    def __init__(self, on_chunk: Callable[[list[Row]], None]) -> None:
-        self._on_chunk = on_chunk
-        self._queue: queue.SimpleQueue[list[Row] | None] = queue.SimpleQueue()
-        self._notes: dict[str, str] = {}
-        self._failed = 0
-        self._thread = threading.Thread(target=self._run, name="joulemark-sampler-chunks", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def put(self, chunk: list[Row]) -> None:
-        self._queue.put(chunk)
-
-    def stop(self, patience_s: float) -> dict[str, str]:
-        """Waits for the chunks that are on their way; what went wrong, if anything."""
-        self._queue.put(None)
-        if self._thread.ident is not None:
-            self._thread.join(patience_s)
-        if self._thread.is_alive():
-            return {"sampler (chunks)": f"the last samples were not stored within {patience_s:g} s"}
-        return dict(self._notes)
-
-    def _run(self) -> None:
-        while (chunk := self._queue.get()) is not None:
-            self._hand_over(chunk)
-
-    def _hand_over(self, chunk: list[Row]) -> None:
-        try:
-            self._on_chunk(chunk)
-        except _READ_ERRORS as error:
-            self._failed += 1
-            _LOG.warning("a chunk of %d samples could not be stored: %s", len(chunk), error)
-            self._notes["sampler (chunks)"] = f"{self._failed} chunks could not be stored, the last: {error}"
 
 
 def merge(traces: Sequence[Trace]) -> Trace:

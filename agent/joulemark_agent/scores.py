@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from joulemark import plugins
 from joulemark.errors import NotFound
 from joulemark.wire import Absent, ItemRecord, Measure, Metric, RunRecord
-
 from joulemark_agent.statistics import Z_95, mean, standard_error, wilson_interval
 
 

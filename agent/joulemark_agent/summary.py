@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from joulemark.metrics import METRICS
 from joulemark.wire import Absent, ItemRecord, Measure, Metric, Phase, RunRecord, Summary, Trace, Verdict
-
 from joulemark_agent.energy import Energy, Meter, energy_of, find_meter
 from joulemark_agent.latency import latency_metrics, median_metric
 from joulemark_agent.scores import (

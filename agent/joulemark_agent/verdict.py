@@ -27,7 +27,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from joulemark.wire import Absent, Measure, Metric, Phase, RunRecord, Trace, Verdict
-
 from joulemark_agent.energy import GAP_INTERVALS, REQUIRED_COVERAGE, Energy, Meter, times_rise
 from joulemark_agent.scores import Tally, TaskFacts, correct_count, score_interval
 from joulemark_agent.statistics import binomial_tail, mean, power_energy

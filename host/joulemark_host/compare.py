@@ -18,7 +18,7 @@ from joulemark.wire import Absent, Cell, Grid, Measure
 from joulemark_host.conditions import Difference, differences, most_shared, short
 from joulemark_host.facts import RunFacts
 
-UNSUPPORTED_CODES = frozenset({"model_rejected", "unsupported", "missing_extra"})
+UNSUPPORTED_CODES = frozenset({"model_rejected", "unsupported", "missing_extra", "does_not_fit"})
 """Problem codes that say: this model cannot run on this board as it is; trying again changes nothing."""
 
 

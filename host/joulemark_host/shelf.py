@@ -20,11 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from pydantic import ValidationError
-
 from joulemark import artifact
 from joulemark.errors import BadInput, DigestMismatch, NoSpace, NotFound
 from joulemark.wire import FileEntry, Manifest, TaskPack, canonical_json, content_id
+from pydantic import ValidationError
 
 LOG = logging.getLogger(__name__)
 BLOCK = 1 << 20
@@ -48,17 +47,24 @@ class Shelf:
         licence: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> tuple[str, Manifest]:
-        """Copies a model file onto the shelf and returns its artifact id and manifest; again is quick and changes nothing.
+        """Copies a model file onto the shelf and returns its artifact id and manifest; a second time changes nothing.
 
-        `progress(done, total)` counts copied bytes. Raises ModelRejected, DigestMismatch (the file changed meanwhile),
-        NotFound, NoSpace.
+        `progress(done, total)` counts hashed and copied bytes. Raises ModelRejected, DigestMismatch (the file changed
+        meanwhile), NotFound, NoSpace.
         """
         if not path.is_file():
             raise NotFound(f"there is no file {path}", "give the path of a .gguf file")
-        manifest = artifact.describe(path, name, licence)
+        size = path.stat().st_size
+
+        def report(done: int) -> None:
+            if progress is not None:
+                progress(done, 2 * size)
+
+        manifest = artifact.describe(path, name, licence, report)
         entry = manifest.files[0]
         if not self._has(entry):
-            self._copy(path, entry, progress)
+            self._copy(path, entry, lambda done: report(size + done))
+        report(2 * size)
         artifact_id = content_id(manifest)
         self._write(self._manifest_path(artifact_id), canonical_json(manifest))
         return artifact_id, manifest
@@ -73,10 +79,9 @@ class Shelf:
         """Everything that is complete, by artifact id, sorted by name; a damaged manifest is logged and left out."""
         found: dict[str, Manifest] = {}
         for path in (self._root / "artifacts").glob("*.json"):
-            try:
-                found[path.stem] = self.manifest(path.stem)
-            except (DigestMismatch, NotFound) as error:
-                LOG.warning("left out of the listing: %s", error)
+            manifest = self._sound_manifest(path.stem)
+            if manifest is not None:
+                found[path.stem] = manifest
         return dict(sorted(found.items(), key=lambda item: (item[1].name, item[1].quantization, item[0])))
 
     def manifest(self, artifact_id: str) -> Manifest:
@@ -88,11 +93,16 @@ class Shelf:
         except ValidationError as error:
             raise DigestMismatch(f"{path} is not a manifest", "delete it and publish the model again") from error
         if content_id(manifest) != artifact_id:
-            raise DigestMismatch(f"{path} is not the manifest that its name says", "delete it and publish the model again")
+            raise DigestMismatch(
+                f"{path} is not the manifest that its name says", "delete it and publish the model again"
+            )
         return manifest
 
     def resolve(self, text: str) -> str:
-        """The artifact id that `text` means: an id, the start of one, a name, or name:quantization. Raises NotFound, BadInput."""
+        """The artifact id that `text` means: an id, the start of one, a name, or name:quantization.
+
+        Raises NotFound, or BadInput when it means several.
+        """
         shelf = self.artifacts()
         matches = [
             artifact_id
@@ -122,16 +132,24 @@ class Shelf:
             raise DigestMismatch(f"{path} is not the pack that its name says", "delete it and publish the task again")
         return body
 
+    def _sound_manifest(self, artifact_id: str) -> Manifest | None:
+        try:
+            return self.manifest(artifact_id)
+        except (DigestMismatch, NotFound) as error:
+            LOG.warning("left out of the listing: %s", error)
+            return None
+
     def _has(self, entry: FileEntry) -> bool:
         path = self._file_path(entry.sha256)
         return path.is_file() and path.stat().st_size == entry.size_bytes
 
-    def _copy(self, source: Path, entry: FileEntry, progress: Callable[[int, int], None] | None) -> None:
+    def _copy(self, source: Path, entry: FileEntry, progress: Callable[[int], None]) -> None:
         target = self._file_path(entry.sha256)
         free = shutil.disk_usage(self._root).free
         if free < entry.size_bytes + RESERVE_BYTES:
             raise NoSpace(
-                f"{source.name} needs {entry.size_bytes} bytes on the shelf, {free} are free", "free some space or use --data"
+                f"{source.name} needs {entry.size_bytes} bytes on the shelf, {free} are free",
+                "free some space or use --data",
             )
         digest = hashlib.sha256()
 
@@ -142,10 +160,11 @@ class Shelf:
                     digest.update(block)
                     out.write(block)
                     done += len(block)
-                    if progress is not None:
-                        progress(done, entry.size_bytes)
+                    progress(done)
             if digest.hexdigest() != entry.sha256:
-                raise DigestMismatch(f"{source} changed while it was copied", "publish it again when nothing writes to it")
+                raise DigestMismatch(
+                    f"{source} changed while it was copied", "publish it again when nothing writes to it"
+                )
 
         _write_atomically(target, write)
 
@@ -190,7 +209,7 @@ def _write_atomically(target: Path, write: Callable[[BinaryIO], None]) -> None:
             write(out)
             out.flush()
             os.fsync(out.fileno())
-        os.replace(part, target)
+        part.replace(target)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from joulemark_agent import statistics as stats
 
 finite = st.floats(min_value=-1e6, max_value=1e6)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from joulemark.metrics import METRICS
 from joulemark.wire import (
     Absent,
@@ -26,7 +27,6 @@ from joulemark.wire import (
 from joulemark_agent.energy import MEANINGS
 from joulemark_agent.summary import summarise
 from joulemark_agent.verdict import Limits
-
 from tests.fixtures.records import (
     PHASES,
     START_S,

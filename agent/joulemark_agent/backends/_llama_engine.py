@@ -85,6 +85,8 @@ class Model:
         self.recurrent = bool(
             self.llama.llama_model_is_recurrent(self._pointer) or self.llama.llama_model_is_hybrid(self._pointer)
         )
+        # A float32 file is a reference model: halving its memory's precision would hide what a comparison looks for.
+        self.full_precision = self.metadata("general.file_type") == "0"
         self._adds_bos = bool(self.llama.llama_vocab_get_add_bos(self._vocabulary))
         self._bos: int = self.llama.llama_vocab_bos(self._vocabulary)
         self._buffer = ctypes.create_string_buffer(256)
@@ -109,10 +111,10 @@ class Model:
         return buffer.value.decode(errors="replace")
 
     def cell_bytes(self) -> int:
-        """Bytes of one position of the key-value memory at 16 bits, keys and values over all layers."""
+        """Bytes of one position of the key-value memory, keys and values over all layers."""
         head_size = self.llama.llama_model_n_embd(self._pointer) // max(1, self.llama.llama_model_n_head(self._pointer))
         per_layer = head_size * self.llama.llama_model_n_head_kv(self._pointer)
-        return 2 * 2 * per_layer * self.llama.llama_model_n_layer(self._pointer)
+        return 2 * (4 if self.full_precision else 2) * per_layer * self.llama.llama_model_n_layer(self._pointer)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids, special tokens parsed, BOS in front where the tokenizer's own default says so (tasks.md)."""
@@ -168,13 +170,13 @@ class Context:
         # One memory for all sequences, so that a copy of a prefix costs nothing; full-size windows, so that it can be cut back.
         parameters.kv_unified = True
         parameters.swa_full = True
-        # Flash attention skips masked blocks: with many branches in one memory most of it is masked (measured in bench).
-        parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        # Flash attention skips masked blocks: with many branches in one memory most of it is masked. It rounds differently for
+        # different batch sizes (2e-3 in a sum of ten log-probabilities), so a reference model goes without.
+        self.flash_attention = not model.full_precision
+        if model.full_precision:
+            parameters.type_k = parameters.type_v = llama.GGML_TYPE_F32
+        parameters.flash_attn_type = int(self.flash_attention)
         self._pointer = llama.llama_init_from_model(model.pointer, parameters)
-        self.flash_attention = bool(self._pointer)
-        if not self._pointer:
-            parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            self._pointer = llama.llama_init_from_model(model.pointer, parameters)
         if not self._pointer:
             raise EngineFailed(
                 f"llama.cpp could not make a context of {cells} positions: {model.log.reason()}",

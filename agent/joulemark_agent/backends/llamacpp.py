@@ -79,7 +79,7 @@ class LlamaSession:
             batch_tokens=self._options.batch_tokens,
             sequences=self._options.sequences,
             context_tokens=self._window,
-            kv_type="f16",
+            kv_type="f32" if self._model.full_precision else "f16",
             flash_attention=bool(context and context.flash_attention),
             branching=not self._model.recurrent,
         )
@@ -161,8 +161,9 @@ class LlamaSession:
                 yield index
             return
         # A step's branches never exceed a batch, the trunk never exceeds the longest request.
-        context = self._need(longest + batch, SCORING_BRANCHES + 1)
-        for step in plan(flat, batch, SCORING_BRANCHES):
+        branches = min(SCORING_BRANCHES, self._most_sequences())
+        context = self._need(longest + batch, branches + 1)
+        for step in plan(flat, batch, branches):
             yield from self._step(context, step, owner)
 
     def _step(self, context: Context, step: Step, owner: Sequence[tuple[_OpenScore, int]]) -> Sequence[int]:
@@ -256,11 +257,16 @@ class LlamaSession:
         if prefix < SHORT_PREFIX:
             prefix = 0
         own = max(len(tokens) - prefix + request.max_new_tokens for request, tokens in waiting)
-        slots = 1 if self._model.recurrent else min(self._options.sequences, len(waiting), self._affordable(prefix, own))
+        most = min(self._options.sequences, len(waiting), self._most_sequences(), self._affordable(prefix, own))
+        slots = 1 if self._model.recurrent else most
         context = self._need(prefix + own * slots, slots + 1)
         if prefix:
             self._feed(context, [(0, waiting[0][1][:prefix], 0, False)])
         return prefix, slots, context
+
+    def _most_sequences(self) -> int:
+        """Sequences beside the trunk: llama.cpp aborts when a context has more sequences than a batch has tokens."""
+        return self._options.batch_tokens - 1
 
     def _affordable(self, prefix: int, own: int) -> int:
         """How many sequences of `own` positions the key-value memory's budget holds beside the prefix; at least one."""

@@ -14,9 +14,9 @@ Names that the rest of the agent relies on:
     thermal.*                                                     degrees Celsius, one per zone
     cpu.frequency_mean, cpu.frequency_max                         Hz, over the cpufreq policies
     memory.worker_pss, memory.available (≤ 1/s), memory.worker_rss  bytes
-    contention.steal, .busy, .other_cpu (≤ 2/s)                   shares of the machine's capacity since the last reading
+    contention.steal, .busy, .other_cpu (≤ 2/s)                   shares of the machine since the last reading
     contention.psi_cpu, .psi_memory, .psi_io (≤ 2/s)              shares of that time in which some task waited
-    contention.load1                                              the kernel's load average over one minute (≤ 1/s)
+    contention.load1                                              the kernel's load average over one minute (≤ 2/s)
     throttle.cooling, throttle.frequency_capped (≤ 2/s)           flags: 1 while the machine slows itself down
     throttle.events                                               count of new throttle events since the start (≤ 1/s)
 """
@@ -28,9 +28,9 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
 from joulemark.errors import JoulemarkError
 from joulemark.wire import Channel, Identifier
@@ -55,13 +55,14 @@ class Options:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
-class SensorUse(BaseModel):
+@dataclass(frozen=True)
+class SensorUse:
     """A device profile's line: which plug-in, with which settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     use: Identifier
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 class Sensor(Protocol):

@@ -1,15 +1,14 @@
 """Who else uses this machine: processor time of others and of the hypervisor, pressure stalls, and the load average.
 
 Owns: the contention channels. Shares lie between 0 and 1 and are of the whole machine's processor capacity over the
-time since the last tick, so that the first tick has none. Not aware of what counts as too much. Truth:
-Documentation/filesystems/proc.rst (/proc/stat, /proc/PID/stat, in clock ticks) and Documentation/accounting/psi.rst
-(the `total=` microseconds; the kernel's own averages over 10 s and more are too slow for a tick).
+time since the last reading, at most two a second, so that the first reading has none. Not aware of what is too much.
+Truth: Documentation/filesystems/proc.rst (/proc/stat, /proc/PID/stat, in clock ticks) and
+Documentation/accounting/psi.rst (the `total=` microseconds; the kernel's own averages over 10 s and more are too slow).
 
 The two counts behind `contention.other_cpu` disagree by a clock tick now and then: /proc/stat charges a whole tick to
-whoever runs when it ends, a process's times are exact. A tick that would come out negative counts as 0 and the rest
-is taken off the next ones, so that the mean over many ticks is right; a single tick is coarse (1/10 of a core at 10
-Hz and 100 ticks/s). `contention.psi_cpu` includes waiting that the worker causes itself, when it has more threads
-than cores.
+whoever runs when it ends, a process's times are exact. A reading that would come out negative counts as 0 and the rest
+is taken off the next ones, so that the mean over many is right.
+`contention.psi_cpu` includes waiting that the worker causes itself, when it has more threads than cores.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ _CPU_SHARES = {
     "contention.busy": "/proc/stat: user, nice, system, interrupts ÷ all",
     "contention.other_cpu": "/proc/stat busy, less worker and agent (/proc/PID/stat) ÷ all",
 }
-_LOAD_INTERVAL_S = 1.0
-"""The kernel renews its load averages every 5 s."""
+_INTERVAL_S = 0.5
+"""A clock tick is 1/50 of a core over this time. Over a sampler's tick it would be 1/10: coarser than what disturbs."""
 _PRESSURES = ("cpu", "memory", "io")
 
 
@@ -99,7 +98,7 @@ class _Contention:
         self._processes = [KeptFile(roots.proc / str(pid) / "stat") for pid in sorted(watched)]
         self._shares = CpuShares()
         self._load = KeptFile(roots.proc / "loadavg")
-        self._load_pace = Pace(options.clock, _LOAD_INTERVAL_S)
+        self._pace = Pace(options.clock, _INTERVAL_S)
         self._missing: dict[str, str] = {}
         self._pressures: list[KeptFile] = []
         self._before: list[tuple[float, int] | None] = []
@@ -127,9 +126,7 @@ class _Contention:
             )
             for file in self._pressures
         ]
-        load = Channel(
-            name="contention.load1", quantity="count", unit="1", source="/proc/loadavg, 1 minute, once a second"
-        )
+        load = Channel(name="contention.load1", quantity="count", unit="1", source="/proc/loadavg, 1 minute")
         return (*shares, *pressures, load)
 
     def _own_ticks(self) -> int | None:
@@ -160,6 +157,9 @@ class _Contention:
         return float(first) if first.replace(b".", b"", 1).isdigit() else None
 
     def read(self) -> Values:
+        return self._pace.read(self._read_now) or (None,) * len(self.channels)
+
+    def _read_now(self) -> Values:
         content = self._stat.read()
         ticks = None if isinstance(content, Unreadable) else parse_stat(content)
         own = self._own_ticks()
@@ -167,7 +167,7 @@ class _Contention:
         return (
             *shares,
             *(self._pressure(index) for index in range(len(self._pressures))),
-            self._load_pace.read(self._load1),
+            self._load1(),
         )
 
     def _files(self) -> list[KeptFile]:

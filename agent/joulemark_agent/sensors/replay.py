@@ -35,6 +35,8 @@ _UNITS: Final = {
     "share": "1", "count": "1", "flag": "1",
 }  # fmt: skip
 _STEPPED = frozenset({"share", "count", "flag"})
+_ROUNDING_S = 1e-6
+"""A tick at the very end must not fall behind it because start + k × interval was rounded."""
 _MAX_BYTES = 256 * 1024 * 1024
 
 
@@ -136,8 +138,9 @@ def _checked(file: _File, path: Path) -> Recording:
 def value_at(recording: Recording, index: int, offset_s: float) -> float | None:
     """Channel `index` at `offset_s` seconds after the recording's first sample; None outside it and next to gaps."""
     times, column = recording.times_s, recording.values[index]
-    if not 0 <= offset_s <= recording.length_s:
+    if not 0 <= offset_s <= recording.length_s + _ROUNDING_S:
         return None
+    offset_s = min(offset_s, recording.length_s)
     right = bisect.bisect_left(times, offset_s)
     if times[right] == offset_s:
         return column[right]
@@ -167,7 +170,7 @@ class _Replay:
         if self._loop:
             rounds = int(offset_s // self._recording.length_s)
             offset_s -= rounds * self._recording.length_s
-        elif offset_s > self._recording.length_s:
+        elif offset_s > self._recording.length_s + _ROUNDING_S:
             self._past_end += 1
         return tuple(self._value(index, offset_s, rounds) for index in range(len(self.channels)))
 

@@ -1,15 +1,16 @@
 """Evidence that the machine slowed itself down: active cooling devices, a lowered frequency limit, throttle counters.
 
-Owns: what counts as evidence. A frequency below its maximum does not: governors lower it whenever there is little to
-do.
+Owns: what counts as evidence. A frequency below its maximum does not: governors lower it when there is little to do.
+
 - throttle.cooling: 1 while a cooling device that slows a processor is active (cur_state > 0). Fans, backlights, and
   radios are cooling devices too and do not count; nor does "TCC Offset", whose state is a setting.
 - throttle.frequency_capped: 1 while a policy's `scaling_max_freq` is below what it was at the start: thermal pressure
   or a person lowered it during the run. A limit that was set before is a property of the device, not an event.
 - throttle.events: new events in x86's `core_throttle_count` and `package_throttle_count` since the start, read once a
-  second (None between; nothing is lost, for the counters do not fall). Truth:
-  Documentation/driver-api/thermal/sysfs-api.rst, Documentation/ABI/testing/sysfs-devices-system-cpu
-  (thermal_throttle).
+  second (nothing is lost between, for the counters do not fall).
+
+The flags are read twice a second. Truth: Documentation/driver-api/thermal/sysfs-api.rst and
+Documentation/ABI/testing/sysfs-devices-system-cpu (thermal_throttle).
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from joulemark_agent.sysfs import KeptFile, Roots, Unreadable, entries, read_num
 _SLOWS_A_PROCESSOR = re.compile(
     r"Processor$|(thermal-)?(cpufreq|cpuidle|devfreq)\b|intel_powerclamp$|.*throttle", re.ASCII
 )
+_INTERVAL_S = 0.5
 _EVENTS_INTERVAL_S = 1.0
 
 
 class _Cooling:
-    def __init__(self, files: list[KeptFile]) -> None:
+    def __init__(self, files: list[KeptFile], clock: Callable[[], float]) -> None:
         self.files = files
+        self._pace = Pace(clock, _INTERVAL_S)
         self.channel = Channel(
             name="throttle.cooling",
             quantity="flag",
@@ -38,12 +41,16 @@ class _Cooling:
         )
 
     def read(self) -> float | None:
+        return self._pace.read(self._active)
+
+    def _active(self) -> float | None:
         states = [state for file in self.files if (state := file.number()) is not None]
         return float(any(state > 0 for state in states)) if states else None
 
 
 class _FrequencyCap:
-    def __init__(self, limits: list[tuple[KeptFile, float]]) -> None:
+    def __init__(self, limits: list[tuple[KeptFile, float]], clock: Callable[[], float]) -> None:
+        self._pace = Pace(clock, _INTERVAL_S)
         self.files = [file for file, _ in limits]
         self._start_khz = [khz for _, khz in limits]
         self.channel = Channel(
@@ -54,6 +61,9 @@ class _FrequencyCap:
         )
 
     def read(self) -> float | None:
+        return self._pace.read(self._capped)
+
+    def _capped(self) -> float | None:
         known = [(khz, start) for f, start in zip(self.files, self._start_khz, strict=True) if (khz := f.number())]
         return float(any(khz < start for khz, start in known)) if known else None
 
@@ -141,11 +151,11 @@ def probe(roots: Roots, options: Options) -> Sensor:
     parts: list[_Cooling | _FrequencyCap | _Events] = []
     missing: dict[str, str] = {}
     if cooling := _cooling(roots):
-        parts.append(_Cooling(cooling))
+        parts.append(_Cooling(cooling, options.clock))
     else:
         missing["throttle.cooling"] = "no cooling device slows a processor here"
     if limits := _limits(roots):
-        parts.append(_FrequencyCap(limits))
+        parts.append(_FrequencyCap(limits, options.clock))
     else:
         missing["throttle.frequency_capped"] = "the kernel offers no cpufreq policy"
     if counters := _counters(roots):

@@ -1,0 +1,36 @@
+"""Files that are whole or not there, also after a power cut: temporary name, fsync, rename, fsync of the folder.
+
+Owns that order and nothing else; it is not aware of what is written.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
+    """Writes `pieces` under a temporary name beside `path` and renames it; makes the folder. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide it from other users of a shared cache
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    synchronise_folder(path.parent)
+
+
+def synchronise_folder(folder: Path) -> None:
+    """Makes the names in `folder` durable: a rename alone may be lost in a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,328 @@
+"""The host's commands: host, publish, push, run, records, heatmap, demo. Options in, progress and exit status out.
+
+Exit status: 0 done, 1 it failed (the message says why and what to do), 2 wrong usage. Heavy modules are imported by the
+command that needs them, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from joulemark.errors import BadInput, JoulemarkError, NotFound, to_problem
+
+if TYPE_CHECKING:
+    from joulemark_host.evaluation import Subject
+    from joulemark_host.records import Records
+    from joulemark_host.shelf import Shelf
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+DataOption = Annotated[
+    Path, typer.Option(envvar="JOULEMARK_HOST_DATA", help="Folder that the host owns: shelf and record database.")
+]
+DatabaseOption = Annotated[
+    str | None, typer.Option(help="Record database: a file or a URL; default: records.db in the data folder.")
+]
+AgentOption = Annotated[str, typer.Option("--agent", "--to", help="Address of the agent.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+DEFAULT_DATA = Path("~/.local/share/joulemark/host")
+DEFAULT_AGENT = "http://127.0.0.1:8090"
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs a command line; the only place of these commands where errors are caught broadly."""
+    try:
+        return int(app(args=list(arguments), prog_name="joulemark", standalone_mode=False) or 0)
+    except typer.Exit as leave:
+        return leave.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("joulemark: stopped\n")
+        return 130
+    except (JoulemarkError, OSError) as error:
+        problem = to_problem(error)
+        sys.stderr.write(f"joulemark: {problem.message}\n" + (f"  hint: {problem.hint}\n" if problem.hint else ""))
+        return 1
+    except Exception as error:
+        # Usage errors are click's; they know how to show themselves. Anything else is a defect and keeps its traceback.
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        return int(getattr(error, "exit_code", 2))
+
+
+@app.callback()
+def joulemark() -> None:
+    """The workstation's side: publish models, send them to boards, collect records, draw device × model."""
+
+
+@app.command()
+def host(
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+    listen: Annotated[
+        str, typer.Option(help="Address and port to serve on; port 0 takes a free one.")
+    ] = "127.0.0.1:8080",
+    max_record_bytes: Annotated[int, typer.Option(min=1024, help="The largest record that is taken.")] = 64 * 2**20,
+    allow_unauthenticated: Annotated[
+        bool, typer.Option(help="Serve beyond loopback although there is no authentication yet.")
+    ] = False,
+) -> None:
+    """Serve the artifact shelf, take records from agents, and show the grid as a page.
+
+    Example: joulemark host --listen 127.0.0.1:8080, then open http://127.0.0.1:8080 in a browser.
+    """
+    from joulemark_host.api import create_app
+    from joulemark_host.server import bind, names_of, serve
+
+    with bind(listen, allow_unauthenticated) as listener:
+        records = _records(data, database, max_record_bytes)
+        try:
+            serve(create_app(_shelf(data), records, names_of(listener)), listener)
+        finally:
+            records.close()
+
+
+@app.command()
+def publish(
+    things: Annotated[list[str], typer.Argument(help="GGUF files, names of known models, names of tasks.")],
+    data: DataOption = DEFAULT_DATA,
+    name: Annotated[str | None, typer.Option(help="Name of the (one) model; default: its file name.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put models and task packs on the host's shelf. Publishing again changes nothing.
+
+    Example: joulemark publish model-q4_k_m.gguf arc_challenge gsm8k_cot
+    """
+    from joulemark import sources
+
+    from joulemark_host.publishing import publish_model, publish_task, task_names
+    from joulemark_host.terminal import bar
+
+    shelf, console, cache = _shelf(data), _console(as_json), sources.default_cache()
+    published: dict[str, str] = {}
+    for thing in things:
+        with bar(console, f"publish {thing}") as progress:
+            if thing in task_names():
+                published[thing] = publish_task(shelf, thing, cache, progress)
+            else:
+                published[thing], _ = publish_model(shelf, thing, cache, progress, name)
+    if as_json:
+        sys.stdout.write(json.dumps(published, indent=2) + "\n")
+        return
+    for thing, content in published.items():
+        console.print(f"{content}  {thing}", markup=False, highlight=False)
+
+
+@app.command()
+def push(
+    model: Annotated[str, typer.Argument(help="A published model (name, name:quantization or id) or a GGUF file.")],
+    task: Annotated[str, typer.Option(help="Tasks to bring too, separated by commas.")] = "",
+    agent: AgentOption = DEFAULT_AGENT,
+    data: DataOption = DEFAULT_DATA,
+) -> None:
+    """Bring a model, and task packs, to an agent. Only what it lacks is sent; a cut transfer goes on where it stopped.
+
+    Example: joulemark push smollm2-135m-instruct-q4_1 --task arc_challenge --to http://pi5.local:8090
+    """
+    from joulemark_host import evaluation
+    from joulemark_host.client import AgentClient
+
+    shelf, console = _shelf(data), _console()
+    client = AgentClient(agent)
+    try:
+        missing = evaluation.push(client, shelf, _subject(shelf, model, task, console), console)
+    finally:
+        client.close()
+    console.print("sent" if missing else "nothing to send: the agent has it already")
+
+
+@app.command(name="run")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A published model (name, name:quantization or id) or a GGUF file.")],
+    task: Annotated[str, typer.Option(help="Tasks, separated by commas.")] = "arc_challenge",
+    agent: AgentOption = DEFAULT_AGENT,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first documents of each task.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Engine threads; default: all usable cores.")] = None,
+    sequences: Annotated[int, typer.Option(min=1, max=200, help="Answers generated side by side.")] = 16,
+    context: Annotated[int | None, typer.Option(min=16, help="Context length; default: the model's own.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Engine; default: the board's first that opens the file.")] = None,
+    variant: Annotated[str, typer.Option(help="A word for what is special here, such as 'with fan'.")] = "",
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate a model on a board and wait: publish, push, run, keep the record, show the figures.
+
+    Example: joulemark run model-q4_k_m.gguf --task arc_challenge,gsm8k_cot --limit 100 --agent http://pi5.local:8090
+    """
+    from joulemark_host import evaluation
+    from joulemark_host.client import AgentClient
+    from joulemark_host.records import parse_record
+
+    shelf, records, console = _shelf(data), _records(data, database), _console(as_json)
+    options: dict[str, Any] = {"limit": limit, "threads": threads, "sequences": sequences, "variant": variant}
+    options |= {"context_tokens": context, "backend": backend}
+    client = AgentClient(agent)
+    run_ids: list[str] = []
+    try:
+        subject = _subject(shelf, model, task, console)
+        evaluation.push(client, shelf, subject, console)
+        for name in subject.packs:
+            body = evaluation.run_task(client, subject, name, options, console)
+            records.put(body)
+            run_ids.append(parse_record(body).spec.run_id)
+        _show_runs(records, run_ids, as_json)
+    finally:
+        client.close()
+        records.close()
+
+
+@app.command(name="records")
+def list_records(
+    task: Annotated[str | None, typer.Option(help="Only records of this task.")] = None,
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the records that the host has, latest last, and those that were set aside because their run id was taken."""
+    from joulemark_host.terminal import records_table
+
+    records, console = _records(data, database), _console()
+    try:
+        runs, aside = records.facts(task), records.quarantined()
+    finally:
+        records.close()
+    if as_json:
+        sys.stdout.write(json.dumps([_plain(run) for run in runs], indent=2) + "\n")
+        return
+    console.print(records_table(runs) if runs else "no records yet: `joulemark run` makes one", markup=False)
+    for other in aside:
+        line = f"in quarantine: another record of {other.run_id}, sha256 {other.sha256[:12]}, {other.size_bytes} bytes"
+        console.print(line, markup=False)
+
+
+@app.command()
+def heatmap(
+    metric: Annotated[list[str] | None, typer.Option(help="A figure to draw; may be given several times.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task; may be given several times; default: all.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page: one file that needs no network.")] = Path(
+        "heatmap.html"
+    ),
+    png: Annotated[Path | None, typer.Option(help="Also the same charts as a picture.")] = None,
+    dark: Annotated[bool, typer.Option(help="Draw the picture for a dark background.")] = False,
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+) -> None:
+    """Draw device × model as an HTML page that opens from disk, and as PNG.
+
+    Example: joulemark heatmap --metric accuracy --metric decode_rate -o heatmap.html --png heatmap.png
+    """
+    from joulemark_host import charts, page
+    from joulemark_host.figures import draw
+
+    records, console = _records(data, database), _console()
+    try:
+        runs, known = records.facts(), records.tasks()
+    finally:
+        records.close()
+    if not known:
+        raise NotFound(
+            "there are no records to draw", "`joulemark run` evaluates a model on a board and keeps its record"
+        )
+    for name in task or ():
+        if name not in known:
+            raise NotFound(f"there is no record of task {name!r}", f"there is: {', '.join(known)}")
+    with console.status("draw"):
+        figures = [draw(runs, figure, name) for figure in metric or ("accuracy",) for name in task or known]
+        out.write_text(page.offline_page(figures), "utf-8")
+        if png is not None:
+            theme = "dark" if dark else "light"
+            png.write_bytes(charts.png([charts.heatmap(figure.grid, theme) for figure in figures]))
+    for path in (out, png):
+        if path is not None:
+            console.print(f"✓ {path}", markup=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for heatmap.html and heatmap.png.")] = Path("demo-output"),
+    limit: Annotated[int, typer.Option(min=1, help="Documents of each task.")] = 36,
+    keep: Annotated[Path | None, typer.Option(help="Keep shelf, records, journal and logs in this folder.")] = None,
+) -> None:
+    """The whole path on this machine: fetch a model and tasks, start host and agent, evaluate, draw the heatmap."""
+    from joulemark_host.demo import demonstrate
+
+    demonstrate(out, limit, keep, _console())
+
+
+def _shelf(data: Path) -> Shelf:
+    from joulemark_host.shelf import Shelf
+
+    return Shelf(data.expanduser() / "shelf")
+
+
+def _records(data: Path, database: str | None, max_record_bytes: int | None = None) -> Records:
+    from joulemark_host.records import MAX_RECORD_BYTES, Records
+
+    if database is None:
+        folder = data.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        database = str(folder / "records.db")
+    url = database if "://" in database else f"sqlite:///{Path(database).expanduser().absolute()}"
+    return Records(url, max_record_bytes=max_record_bytes or MAX_RECORD_BYTES)
+
+
+def _console(quiet: bool = False) -> Any:
+    """The terminal; with `quiet` (JSON goes to standard output) everything else goes to standard error."""
+    from rich.console import Console
+
+    return Console(stderr=quiet)
+
+
+def _subject(shelf: Shelf, model: str, tasks: str, console: Any) -> Subject:
+    from joulemark import sources
+
+    from joulemark_host.evaluation import Subject
+    from joulemark_host.publishing import publish_model, publish_task, task_names
+    from joulemark_host.terminal import bar
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    unknown = [name for name in names if name not in task_names()]
+    if unknown:
+        raise BadInput(f"there is no task {unknown[0]!r}", f"known: {', '.join(task_names())}")
+    cache = sources.default_cache()
+    with bar(console, f"publish {model}") as progress:
+        artifact_id, manifest = publish_model(shelf, model, cache, progress)
+    packs: dict[str, str] = {}
+    for name in names:
+        with bar(console, f"render {name}") as progress:
+            packs[name] = publish_task(shelf, name, cache, progress)
+    return Subject(artifact_id, manifest, packs)
+
+
+def _show_runs(records: Records, run_ids: Sequence[str], as_json: bool) -> None:
+    from joulemark_host.terminal import absences, explanations, result_table
+
+    runs = [run for run in records.facts() if run.run_id in run_ids]
+    if as_json:
+        sys.stdout.write(json.dumps([_plain(run) for run in runs], indent=2) + "\n")
+        return
+    console = _console()
+    console.print(result_table(runs))
+    for line in (*explanations(runs), *absences(runs)):
+        console.print(f"  {line}", markup=False, highlight=False)
+
+
+def _plain(facts: Any) -> dict[str, Any]:
+    """Facts as JSON values."""
+    plain = asdict(facts)
+    plain["metrics"] = {name: metric.model_dump() for name, metric in facts.metrics.items()}
+    plain["problem"] = facts.problem.model_dump() if facts.problem else None
+    return plain

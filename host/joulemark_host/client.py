@@ -1,0 +1,195 @@
+"""What the host's commands say to an agent, over HTTP: push an artifact and packs, create a run, watch it, cancel it.
+
+An agent's Problem becomes the matching error of `joulemark.errors`, a silent agent becomes Unavailable. The HTTP
+client, the clock and the sleep are passed in. Not aware of the terminal: progress goes to callbacks. Sizes are bytes,
+times are seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import httpx
+from joulemark import errors
+from joulemark.errors import BadInput, JoulemarkError, Unavailable
+from joulemark.wire import DeviceFacts, Manifest, Problem, RunSpec, RunState, canonical_json
+from pydantic import BaseModel, ValidationError
+
+Parsed = TypeVar("Parsed", bound=BaseModel)
+BLOCK = 1 << 20
+Progress = Callable[[int, int], None]
+Sleep = Callable[[float], None]
+FINAL = ("done", "failed", "cancelled", "interrupted")
+SILENCE_S = 60.0
+"""A run is watched on although the agent does not answer for so long: it may be restarting, and runs survive that."""
+
+
+class AgentClient:
+    """One agent at `url`, such as http://pi5.local:8090."""
+
+    def __init__(
+        self,
+        url: str,
+        http: httpx.Client | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Sleep = time.sleep,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise BadInput(f"{url!r} is not the address of an agent", "for example http://127.0.0.1:8090")
+        self.url = url.rstrip("/")
+        self._http = http or httpx.Client(timeout=httpx.Timeout(30.0, connect=5.0), follow_redirects=False)
+        self._clock = clock
+        self._sleep = sleep
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._http.close()
+
+    def wait_ready(self, timeout_s: float, alive: Callable[[], None] = lambda: None) -> None:
+        """Returns once the agent answers, or raises Unavailable; `alive` is called between tries and may raise."""
+        deadline = self._clock() + timeout_s
+        while True:
+            alive()
+            try:
+                self._ask("GET", "/healthz")
+            except Unavailable:
+                if self._clock() >= deadline:
+                    raise
+                self._sleep(0.1)
+            else:
+                return
+
+    def device(self) -> DeviceFacts:
+        """What the board is."""
+        return _parsed(DeviceFacts, self._ask("GET", "/api/device").content)
+
+    def push_artifact(
+        self, artifact_id: str, manifest: Manifest, file: Callable[[str], Path], progress: Progress | None = None
+    ) -> int:
+        """Brings the artifact to the agent and returns how many of its files were missing there.
+
+        The agent pulls from its own host where it has one; where that does not work the files are uploaded from
+        `file(sha256)`. Both resume. Raises what the agent refuses with.
+        """
+        answer = self._ask("POST", "/api/artifacts", content=canonical_json(manifest)).json()
+        missing = [str(sha256) for sha256 in answer["missing"]]
+        if missing and not self._pulled(artifact_id, progress):
+            total = sum(entry.size_bytes for entry in manifest.files if entry.sha256 in missing)
+            before = 0
+            for entry in manifest.files:
+                if entry.sha256 in missing:
+                    self._upload(entry.sha256, file(entry.sha256), before, total, progress)
+                    before += entry.size_bytes
+        return len(missing)
+
+    def push_pack(self, pack_id: str, body: bytes) -> None:
+        """Brings a task pack to the agent."""
+        self._ask("PUT", f"/api/packs/{pack_id}", content=body)
+
+    def start_run(self, spec: RunSpec) -> RunState:
+        """Creates a run; the agent starts it when it is free."""
+        return _parsed(RunState, self._ask("POST", "/api/runs", content=spec.model_dump_json().encode()).content)
+
+    def run_state(self, run_id: str) -> RunState:
+        """How far the run is."""
+        return _parsed(RunState, self._ask("GET", f"/api/runs/{quote(run_id)}").content)
+
+    def cancel(self, run_id: str) -> None:
+        """Asks the agent to stop the run; its record will say so."""
+        self._ask("DELETE", f"/api/runs/{quote(run_id)}")
+
+    def record(self, run_id: str) -> bytes:
+        """The finished run's record, exactly as the agent reports it to its host."""
+        return self._ask("GET", f"/api/runs/{quote(run_id)}/record").content
+
+    def watch(self, run_id: str, on_state: Callable[[RunState], None], poll_s: float = 1.0) -> RunState:
+        """Calls `on_state` about every `poll_s` until the run has ended; returns the last state."""
+        heard = self._clock()
+        while True:
+            try:
+                state = self.run_state(run_id)
+            except Unavailable:
+                if self._clock() - heard > SILENCE_S:
+                    raise
+            else:
+                heard = self._clock()
+                on_state(state)
+                if state.status in FINAL:
+                    return state
+            self._sleep(poll_s)
+
+    def _pulled(self, artifact_id: str, progress: Progress | None) -> bool:
+        """Whether the agent could fetch everything from its host by itself."""
+        try:
+            self._ask("POST", f"/api/artifacts/{artifact_id}/pull")
+        except BadInput:  # it has no host
+            return False
+        while True:
+            status = self._ask("GET", f"/api/artifacts/{artifact_id}").json()
+            if progress is not None:
+                progress(int(status["bytes_present"]), int(status["bytes_total"]))
+            if status["complete"]:
+                return True
+            if status.get("problem"):
+                return False
+            self._sleep(0.2)
+
+    def _upload(self, sha256: str, path: Path, before: int, total: int, progress: Progress | None) -> None:
+        """Sends the bytes that the agent does not have yet."""
+        offset = int(self._ask("HEAD", f"/api/files/{sha256}").headers.get("Upload-Offset", "0"))
+
+        def blocks() -> Iterator[bytes]:
+            with path.open("rb") as stream:
+                stream.seek(offset)
+                done = offset
+                while block := stream.read(BLOCK):
+                    yield block
+                    done += len(block)
+                    if progress is not None:
+                        progress(before + done, total)
+
+        length = {"Content-Length": str(path.stat().st_size - offset)}
+        self._ask("PUT", f"/api/files/{sha256}?offset={offset}", content=blocks(), headers=length, timeout=600.0)
+
+    def _ask(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        try:
+            response = self._http.request(method, self.url + path, **arguments)
+        except httpx.TransportError as error:
+            raise Unavailable(
+                f"the agent at {self.url} does not answer: {error}", "is it running? `joulemark agent` starts one"
+            ) from error
+        if response.is_success:
+            return response
+        raise _error_of(response, f"{method} {path} at {self.url}")
+
+
+def error_from(problem: Problem) -> JoulemarkError:
+    """The error that this problem was before it travelled; an unknown code stays on a plain JoulemarkError."""
+    kinds = {
+        kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, JoulemarkError)
+    }
+    error = kinds.get(problem.code, JoulemarkError)(problem.message, problem.hint)
+    error.code = problem.code
+    error.retryable = problem.retryable
+    return error
+
+
+def _error_of(response: httpx.Response, request: str) -> JoulemarkError:
+    try:
+        return error_from(Problem.model_validate_json(response.content))
+    except ValidationError:
+        return Unavailable(f"{request} was answered {response.status_code}", "is that the address of an agent?")
+
+
+def _parsed(model: type[Parsed], body: bytes) -> Parsed:
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise BadInput(
+            f"the agent's answer is not a {model.__name__}: {error.error_count()} wrong field(s)",
+            "agent and host must be of the same version: compare `joulemark --version` on both",
+        ) from error

@@ -1,0 +1,146 @@
+"""The whole path on one machine: a real model and real tasks, a host and an agent as processes, records, a heatmap.
+
+The same parts as between a workstation and boards, over loopback; nothing is simulated. What was started is stopped,
+also on Ctrl-C and on errors; the logs stay when something failed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from joulemark import sources
+from joulemark.errors import JoulemarkError, Unavailable
+from rich.console import Console
+
+from joulemark_host import charts, page
+from joulemark_host.client import AgentClient
+from joulemark_host.evaluation import Subject, push, run_task
+from joulemark_host.facts import RunFacts
+from joulemark_host.figures import Figure, draw
+from joulemark_host.processes import Child, free_port
+from joulemark_host.publishing import publish_model, publish_task
+from joulemark_host.records import Records
+from joulemark_host.shelf import Shelf
+from joulemark_host.terminal import absences, bar, explanations, result_table
+
+MODEL = "smollm2-135m-instruct-q4_1"
+TASKS = ("arc_challenge", "gsm8k_cot")
+METRICS = ("accuracy", "decode_rate", "ttft_p50", "peak_pss")
+START_S = 60.0
+DELIVERY_S = 60.0
+
+
+def demonstrate(out: Path, limit: int, keep: Path | None, console: Console) -> None:
+    """Runs everything and writes `heatmap.html` and `heatmap.png` into `out`. `keep` is a data folder that stays."""
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with _data_folder(keep, console) as data:
+        shelf = Shelf(data / "host" / "shelf")
+        subject = _publish(shelf, console)
+        with _servers(data, console) as (agent, host_url):
+            push(agent, shelf, subject, console)
+            for task in TASKS:
+                record = run_task(agent, subject, task, {"limit": limit}, console)
+                _await_delivery(host_url, record, console)
+        records = Records(f"sqlite:///{data / 'host' / 'records.db'}")
+        try:
+            runs = [run for run in records.facts() if run.artifact_id == subject.artifact_id][-len(TASKS) :]
+        finally:
+            records.close()
+    _report(runs, out, console)
+    console.print(f"\nDone in {time.monotonic() - started:.0f} s.")
+
+
+def _publish(shelf: Shelf, console: Console) -> Subject:
+    cache = sources.default_cache()
+    with bar(console, f"fetch and publish {MODEL}") as progress:
+        artifact_id, manifest = publish_model(shelf, MODEL, cache, progress)
+    packs: dict[str, str] = {}
+    for task in TASKS:
+        with bar(console, f"fetch and render {task}") as progress:
+            packs[task] = publish_task(shelf, task, cache, progress)
+    return Subject(artifact_id, manifest, packs)
+
+
+@contextmanager
+def _servers(data: Path, console: Console) -> Generator[tuple[AgentClient, str], None, None]:
+    """A host and an agent that reports to it, both ready; stopped at the end, the agent first."""
+    host_listen, agent_listen = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    host_url = f"http://{host_listen}"
+    host_arguments = ["host", "--listen", host_listen, "--data", str(data / "host")]
+    agent_arguments = ["agent", "--listen", agent_listen, "--data", str(data / "agent"), "--host-url", host_url]
+    with Child("host", host_arguments, data / "host.log") as host:
+        with console.status("start the host"):
+            AgentClient(host_url).wait_ready(START_S, host.check)
+        console.print(f"✓ host on {host_url}", markup=False)
+        with Child("agent", agent_arguments, data / "agent.log") as child:
+            agent = AgentClient(f"http://{agent_listen}")
+            with console.status("start the agent"):
+                agent.wait_ready(START_S, child.check)
+            console.print(f"✓ agent on {agent.url}: {agent.device().title}", markup=False)
+            try:
+                yield agent, host_url
+            except JoulemarkError as error:
+                console.print(f"the agent's log ends so:\n{child.tail()}", markup=False, highlight=False)
+                child.check()
+                raise error
+            finally:
+                agent.close()
+        console.print("✓ host and agent stopped")
+
+
+def _await_delivery(host_url: str, record: bytes, console: Console) -> None:
+    """Waits until the agent's outbox has brought the record to the host, byte for byte."""
+    from joulemark.wire import RunRecord
+
+    run_id = RunRecord.model_validate_json(record).spec.run_id
+    deadline = time.monotonic() + DELIVERY_S
+    with console.status("deliver the record"), httpx.Client(timeout=10.0) as http:
+        while True:
+            answer = http.get(f"{host_url}/api/records/{run_id}")
+            if answer.status_code == 200 and answer.content == record:
+                return
+            if time.monotonic() > deadline:
+                raise Unavailable(
+                    f"the record of {run_id} did not reach the host within {DELIVERY_S:g} s", "look at the agent's log"
+                )
+            time.sleep(0.2)
+
+
+def _report(runs: list[RunFacts], out: Path, console: Console) -> None:
+    console.print(result_table(runs))
+    for line in (*explanations(runs), *absences(runs)):
+        console.print(f"  {line}", markup=False, highlight=False)
+    figures = chosen_figures(runs)
+    with console.status("draw the heatmap"):
+        (out / "heatmap.html").write_text(page.offline_page(figures), "utf-8")
+        (out / "heatmap.png").write_bytes(charts.png([figure.chart for figure in figures if figure.chart]))
+    console.print(f"\n✓ {out / 'heatmap.html'}\n✓ {out / 'heatmap.png'}", markup=False)
+
+
+def chosen_figures(runs: list[RunFacts]) -> list[Figure]:
+    """Accuracy on every task, then what it costs on the first."""
+    first = runs[0].task
+    return [draw(runs, "accuracy", run.task) for run in runs] + [draw(runs, name, first) for name in METRICS[1:]]
+
+
+@contextmanager
+def _data_folder(keep: Path | None, console: Console) -> Generator[Path, None, None]:
+    """`keep`, or a temporary folder that is removed when all went well and stays, named, when something failed."""
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep.absolute()
+        return
+    folder = Path(tempfile.mkdtemp(prefix="joulemark-demo-"))
+    try:
+        yield folder
+    except BaseException:
+        console.print(f"data and logs of the demonstration are in {folder}", markup=False)
+        raise
+    shutil.rmtree(folder)

@@ -1,0 +1,68 @@
+"""One evaluation as the host's commands do it: bring model and tasks to an agent, run each task, keep each record.
+
+Every run gets a new run id. A run that the person interrupts is cancelled on the agent too. Not aware of servers; what
+is shown goes to the console that is passed in.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from joulemark.wire import Manifest, RunSpec, RunState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from joulemark_host.client import AgentClient
+from joulemark_host.shelf import Shelf
+from joulemark_host.terminal import bar
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: one artifact on some tasks (`packs` is pack id by task)."""
+
+    artifact_id: str
+    manifest: Manifest
+    packs: Mapping[str, str]
+
+
+def push(client: AgentClient, shelf: Shelf, subject: Subject, console: Console) -> int:
+    """Brings everything to the agent; what it has already is not sent. Returns how many model files were missing."""
+    with bar(console, f"push {subject.manifest.name} {subject.manifest.quantization} to {client.url}") as progress:
+        missing = client.push_artifact(subject.artifact_id, subject.manifest, shelf.file, progress)
+        for pack_id in subject.packs.values():
+            client.push_pack(pack_id, shelf.pack_bytes(pack_id))
+    return missing
+
+
+def run_task(client: AgentClient, subject: Subject, task: str, options: Mapping[str, Any], console: Console) -> bytes:
+    """Runs one task and returns the record's bytes, whatever became of the run. `options` are fields of RunSpec."""
+    spec = RunSpec(
+        run_id=f"{task}-{uuid.uuid4().hex[:12]}",
+        artifact_id=subject.artifact_id,
+        pack_id=subject.packs[task],
+        **options,
+    )
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        shown = progress.add_task(f"{task}: waiting", total=spec.limit)
+
+        def show(state: RunState) -> None:
+            words = state.phase or state.status
+            progress.update(
+                shown, description=f"{task}: {words}", completed=state.items_done, total=state.items_total or spec.limit
+            )
+
+        client.start_run(spec)
+        try:
+            state = client.watch(spec.run_id, show)
+        except KeyboardInterrupt:
+            client.cancel(spec.run_id)
+            raise
+    console.print(f"✓ {task}: {state.status}, {state.items_done} of {state.items_total} items", markup=False)
+    return client.record(spec.run_id)

@@ -1,0 +1,135 @@
+"""What the host's commands show in a terminal: tables of results and records, progress bars. Text is never markup.
+
+Not aware of where records come from. Units are chosen for people by `joulemark_host.readable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+
+from joulemark.metrics import METRICS
+from joulemark.wire import Absent, Measure, Metric
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from joulemark_host.facts import RunFacts, printable
+from joulemark_host.readable import amount, interval, unit_for
+
+SHOWN_METRICS = (
+    "accuracy",
+    "ttft_p50",
+    "itl_p50",
+    "itl_p95",
+    "prefill_rate",
+    "decode_rate",
+    "items_rate",
+    "bandwidth_utilisation",
+    "peak_pss",
+    "peak_temperature",
+    "energy_per_token",
+    "energy_per_correct",
+    "idle_power",
+    "load_time",
+    "wall_time",
+    "truncated_share",
+)
+
+
+def result_table(runs: Sequence[RunFacts]) -> Table:
+    """One column a run, one row a figure, with intervals; figures that no run has are left to `absences`."""
+    table = Table(title=None, header_style="bold", show_lines=False)
+    table.add_column("figure")
+    for run in runs:
+        table.add_column(Text(f"{run.task}\n{run.model} {run.quantization}"), justify="right", overflow="fold")
+    for name in SHOWN_METRICS:
+        metrics = [run.metrics.get(name) for run in runs]
+        if any(isinstance(metric, Measure) for metric in metrics):
+            unit = METRICS[name].unit
+            table.add_row(Text(METRICS[name].title), *(_figure(metric, unit) for metric in metrics))
+    table.add_section()
+    table.add_row(Text("verdict"), *(_verdict(run) for run in runs))
+    return table
+
+
+def absences(runs: Sequence[RunFacts]) -> list[str]:
+    """A line for every figure that no run has: its title and the reason; figures with the same reason share a line."""
+    by_reason: dict[str, list[str]] = {}
+    for name in SHOWN_METRICS:
+        metrics = [run.metrics.get(name) for run in runs if run.status == "done"]
+        if metrics and all(isinstance(metric, Absent) for metric in metrics):
+            reasons = {metric.reason for metric in metrics if isinstance(metric, Absent)}
+            by_reason.setdefault("; ".join(sorted(reasons)), []).append(METRICS[name].title)
+    return [f"no {', no '.join(titles)}: {reason}" for reason, titles in by_reason.items()]
+
+
+def explanations(runs: Sequence[RunFacts]) -> list[str]:
+    """A line for every reason of every verdict that is not VALID, and for every problem."""
+    lines: list[str] = []
+    for run in runs:
+        lines += [f"{run.task}: {reason}" for reason in run.reasons]
+        if run.problem is not None:
+            hint = f" Next step: {run.problem.hint}" if run.problem.hint else ""
+            lines.append(f"{run.task}: {run.problem.message}.{hint}")
+    return lines
+
+
+def records_table(runs: Sequence[RunFacts]) -> Table:
+    """One line a run, latest last."""
+    table = Table(header_style="bold")
+    for title in ("received", "run", "device", "model", "task", "status", "accuracy", "decode"):
+        table.add_column(title, justify="right" if title in ("accuracy", "decode") else "left", overflow="fold")
+    for run in runs:
+        status = run.status if run.status != "done" else ("valid" if run.valid else "not valid")
+        cells = (
+            _when(run.received_at),
+            run.run_id,
+            run.device_name,
+            f"{run.model} {run.quantization}",
+            run.task,
+            status,
+        )
+        figures = (_figure(run.metrics.get(name), METRICS[name].unit) for name in ("accuracy", "decode_rate"))
+        table.add_row(*(Text(cell) for cell in cells), *figures)
+    return table
+
+
+@contextmanager
+def bar(console: Console, title: str) -> Generator[Callable[[int, int], None], None, None]:
+    """A progress bar for work that reports `(done, total)`; without a terminal one line when it is over."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total or None)
+    console.print(Text(f"✓ {printable(title)}"))
+
+
+def _figure(metric: Metric | None, unit: str) -> Text:
+    if not isinstance(metric, Measure):
+        return Text("–")
+    shown = unit_for(unit, [metric.value])
+    spread = interval(metric, shown).removesuffix(f" {shown.symbol}")
+    return Text(amount(metric.value, shown) + (f"  ({spread})" if spread else ""))
+
+
+def _verdict(run: RunFacts) -> Text:
+    if run.status != "done":
+        return Text(run.status.upper(), style="bold red")
+    return Text("VALID", style="bold green") if run.valid else Text("NOT VALID", style="bold yellow")
+
+
+def _when(seconds: float | None) -> str:
+    return (
+        "–"
+        if seconds is None
+        else datetime.fromtimestamp(seconds, timezone.utc).astimezone().strftime("%Y-%m-%d %H:%M")
+    )

@@ -1,0 +1,228 @@
+"""The doctor on fake boards: every area is answered, problems have advice, nothing is invented."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.fixtures.boards import BARE, LAPTOP, HandClock, plant, pressure, process
+
+from joulemark.wire import Absent, Measure
+from joulemark_agent import bandwidth, doctor
+from joulemark_agent.doctor import Finding, examine, python_child, to_json
+from joulemark_agent.sysfs import Roots
+
+
+@pytest.fixture(autouse=True)
+def quick_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Measure(value=12.5e9, unit="By/s", n=5, low=1e9, high=12.5e9, source="made up")
+    monkeypatch.setattr(bandwidth, "measure", lambda _: measured)
+
+
+def good_engine(_: str) -> str:
+    return 'noise\n{"version": "0.3.36", "build": "CPU : AVX2 = 1 |   REPACK = 1 | "}\n'
+
+
+def ask(
+    roots: Roots,
+    data: Path,
+    *,
+    sleep: Callable[[float], None] | None = None,
+    clock_state: Callable[[], int] = lambda: 0,
+    run_child: Callable[[str], str] = good_engine,
+) -> dict[str, Finding]:
+    clock = HandClock()
+
+    def pause(seconds: float) -> None:
+        clock.wait(seconds)
+        if sleep:
+            sleep(seconds)
+
+    findings = examine(roots, data, clock=clock, sleep=pause, clock_state=clock_state, run_child=run_child)
+    assert len({finding.area for finding in findings}) == len(findings)
+    return {finding.area: finding for finding in findings}
+
+
+AREAS = {
+    "machine", "cores", "memory", "swap", "memory bandwidth", "governor", "engine llama.cpp", "sensor contention",
+    "sensor cpu", "sensor memory", "sensor rapl", "sensor replay", "sensor thermal", "sensor throttle", "energy",
+    "contention", "pressure stall information", "clock", "disk",
+}  # fmt: skip
+
+
+def test_a_bare_board_is_answered_in_every_area(tmp_path: Path) -> None:
+    found = ask(plant(tmp_path, BARE, "aarch64"), tmp_path)
+    assert set(found) >= AREAS
+    assert {area: found[area].status for area in AREAS} == {
+        "machine": "ok",
+        "cores": "ok",
+        "memory": "ok",
+        "swap": "ok",
+        "memory bandwidth": "ok",
+        "governor": "unknown",
+        "engine llama.cpp": "ok",
+        "sensor contention": "ok",
+        "sensor cpu": "unknown",
+        "sensor memory": "ok",
+        "sensor rapl": "warning",
+        "sensor replay": "unknown",
+        "sensor thermal": "unknown",
+        "sensor throttle": "unknown",
+        "energy": "warning",
+        "contention": "unknown",
+        "pressure stall information": "warning",
+        "clock": "ok",
+        "disk": "ok",
+    }
+    assert found["cores"].text == "2 cores can be used"
+    assert found["memory"].text == "1.9 GiB of 3.8 GiB are available"
+    assert found["memory bandwidth"].text.startswith("12.50 GB/s")
+    assert found["engine llama.cpp"].text == "llama-cpp-python 0.3.36; CPU : AVX2 = 1 | REPACK = 1 |"
+    assert "psi=1" in found["pressure stall information"].fix
+
+
+def test_an_empty_root_gives_unknown_and_never_a_figure(tmp_path: Path) -> None:
+    found = ask(plant(tmp_path, {}), tmp_path)
+    for area in ("cores", "memory", "governor", "contention", "sensor memory"):
+        assert found[area].status == "unknown", area
+    assert found["sensor contention"].fix == "mount /proc"
+    assert found["boot"].status == "warning"
+
+
+def test_every_warning_and_problem_has_advice(tmp_path: Path) -> None:
+    for files in (BARE, LAPTOP, {}):
+        found = ask(plant(tmp_path / str(len(files)), files), tmp_path, clock_state=lambda: 5)
+        assert all(f.fix for f in found.values() if f.status in ("warning", "problem"))
+
+
+def test_a_laptop_shows_its_meters_and_its_governor(tmp_path: Path) -> None:
+    found = ask(plant(tmp_path, LAPTOP), tmp_path)
+    assert found["energy"].status == "ok"
+    assert found["energy"].text == "joules are counted by rapl.package-0 (package)"
+    assert found["sensor thermal"].text.startswith("thermal.acpitz 27.8 °C, thermal.x86_pkg_temp 61.0 °C")
+    assert "cpu.frequency_mean 2.00 GHz, cpu.frequency_max 3.20 GHz" in found["sensor cpu"].text
+    assert found["governor"].status == "warning"
+    assert found["machine"].text.startswith("LENOVO 20L5CTO1WW, Intel(R) Core(TM) i5-8250U")
+    assert found["pressure stall information"].status == "ok"
+
+
+@pytest.mark.parametrize(("user", "steal", "status"), [(4, 0, "ok"), (30, 0, "warning"), (0, 20, "warning")])
+def test_contention_of_the_last_second(tmp_path: Path, user: int, steal: int, status: str) -> None:
+    base = {**BARE, **pressure(0), **process(os.getpid(), 0, 0)}
+    roots = plant(tmp_path, {**base, "proc/stat": "cpu  1000 0 0 1000 0 0 0 0 0 0\n"})
+
+    def pass_time(_: float) -> None:
+        line = f"cpu  {1000 + user} 0 0 {1200 - user - steal} 0 0 0 {steal} 0 0\n"
+        (tmp_path / "proc/stat").write_text(line)
+
+    found = ask(roots, tmp_path, sleep=pass_time)["contention"]
+    assert found.status == status
+    assert f"others used {user / 200:.1%} of the machine, the hypervisor took {steal / 200:.1%}" in found.text
+
+
+@pytest.mark.parametrize(
+    ("files", "area", "status", "words"),
+    [
+        (
+            {"proc/self/status": "Cpus_allowed_list:\t0\n", "sys/devices/system/cpu/online": "0-3\n"},
+            "cores",
+            "warning",
+            "1 cores can be used of 4",
+        ),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "100000 100000\n"}, "cores", "warning", "1 of 2"),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/memory.max": "268435456\n"}, "memory", "problem", "256 MiB"),
+        ({"proc/meminfo": "MemTotal: 4000000 kB\nMemAvailable: 100000 kB\n"}, "memory", "problem", "98 MiB of 3.8 GiB"),
+        ({"proc/meminfo": "MemTotal: 4000000 kB\nMemAvailable: 3000000 kB\n"}, "swap", "unknown", "does not say"),
+        (
+            {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 9 kB\nSwapTotal: 2097152 kB\nSwapFree: 1048576 kB\n"},
+            "swap",
+            "warning",
+            "1.0 GiB of 2.0 GiB swap are in use",
+        ),
+    ],
+)
+def test_limits(tmp_path: Path, files: dict[str, str], area: str, status: str, words: str) -> None:
+    found = ask(plant(tmp_path, {**BARE, **files}), tmp_path)[area]
+    assert found.status == status
+    assert words in found.text
+
+
+# --- engines ----------------------------------------------------------------------------------------------------------
+def raising(error: Exception) -> Callable[[str], str]:
+    def run(_: str) -> str:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("run_child", "status", "words"),
+    [
+        (
+            raising(
+                subprocess.CalledProcessError(1, "python", stderr="x\nModuleNotFoundError: No module named 'llama_cpp'")
+            ),
+            "problem",
+            "not installed",
+        ),
+        (raising(subprocess.CalledProcessError(-4, "python", stderr="")), "problem", "signal 4"),
+        (raising(subprocess.CalledProcessError(1, "python", stderr="OSError: GLIBC_2.38")), "problem", "GLIBC_2.38"),
+        (raising(subprocess.TimeoutExpired("python", 60)), "problem", "did not load within"),
+        (raising(FileNotFoundError(2, "No such file")), "unknown", "could not be examined"),
+        (lambda _: "", "unknown", "could not be examined"),
+        (lambda _: "[]", "unknown", "could not be examined"),
+        (lambda _: '{"version": "1"}', "unknown", "could not be examined"),
+    ],
+)
+def test_engines_that_do_not_answer_well(
+    tmp_path: Path, run_child: Callable[[str], str], status: str, words: str
+) -> None:
+    found = ask(plant(tmp_path, BARE), tmp_path, run_child=run_child)["engine llama.cpp"]
+    assert found.status == status
+    assert words in found.text
+
+
+def test_a_real_child_gives_its_output_or_its_end() -> None:
+    assert python_child("print(6 * 7)").strip() == "42"
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        python_child("import os, signal; os.kill(os.getpid(), signal.SIGILL)")
+    assert caught.value.returncode == -4
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        python_child("import a_module_that_is_not_there")
+    assert "ModuleNotFoundError" in caught.value.stderr
+
+
+# --- clock, disk, bandwidth, JSON -------------------------------------------------------------------------------------
+def test_clock(tmp_path: Path) -> None:
+    def refused() -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    roots = plant(tmp_path, BARE)
+    assert ask(roots, tmp_path, clock_state=lambda: 5)["clock"].status == "warning"
+    assert ask(roots, tmp_path, clock_state=refused)["clock"].status == "unknown"
+
+
+def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    roots = plant(tmp_path, BARE)
+    found = ask(roots, tmp_path / "not" / "yet")["disk"]
+    assert found.status == "ok"
+    assert found.text.endswith(f"free for {tmp_path / 'not' / 'yet'}")
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("usage", (), {"free": 10 * 1024**2})())
+    assert ask(roots, tmp_path)["disk"].status == "warning"
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    assert ask(roots, tmp_path)["disk"].status == "problem"
+
+
+def test_an_absent_bandwidth_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "measure", lambda _: Absent(reason="too little memory"))
+    found = ask(plant(tmp_path, BARE), tmp_path)["memory bandwidth"]
+    assert (found.status, found.text) == ("unknown", "too little memory")
+
+
+def test_findings_as_json() -> None:
+    finding = Finding("clock", "warning", "5 °C", "do")
+    assert json.loads(to_json([finding])) == [{"area": "clock", "status": "warning", "text": "5 °C", "fix": "do"}]
