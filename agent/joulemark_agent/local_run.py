@@ -15,7 +15,7 @@ from pathlib import Path
 from joulemark import artifact, documents, packs, plugins
 from joulemark.errors import NotFound
 from joulemark.wire import Manifest, RunRecord, RunSpec, RunState, content_id
-from joulemark_agent.bandwidth import measure_bandwidth
+from joulemark_agent import bandwidth
 from joulemark_agent.jobs import Jobs, Machine
 from joulemark_agent.journal import Journal
 from joulemark_agent.profiles import device_facts, load_profiles, match
@@ -64,8 +64,8 @@ def local_machine(roots: Roots, device_id: str, name: str, profile: str | None, 
     return Machine(
         profile=chosen,
         roots=roots,
-        facts=lambda bandwidth: device_facts(chosen, roots, device_id, name, meters, absent, bandwidth),
-        bandwidth=lambda: measure_bandwidth(roots),
+        facts=lambda measured: device_facts(chosen, roots, device_id, name, meters, absent, measured),
+        bandwidth=lambda: bandwidth.measure(roots),
         replay=replay,
     )
 

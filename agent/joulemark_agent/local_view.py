@@ -9,10 +9,12 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from joulemark import lmeval, packs, sources
+from joulemark import lmeval, packs, samples, sources
+from joulemark.comparison import Comparison, compare
 from joulemark.errors import BadInput
 from joulemark.metrics import METRICS
 from joulemark.wire import Absent, Measure, Metric, RunRecord, RunSpec, RunState
@@ -167,17 +169,41 @@ def _verdict_lines(record: RunRecord) -> Iterator[str]:
 
 # --- verify -----------------------------------------------------------------------------------------------------------
 def show_comparison(ours: Path, against: Path, as_json: bool) -> int:
-    """The whole of `joulemark verify`. Returns 0 when the two agree."""
-    theirs = lmeval.read_samples(against)
-    mine = lmeval.read_samples(_samples_file(ours, against))
-    comparison = lmeval.compare(mine, theirs)
+    """The whole of `joulemark verify`. Returns 0 when the two agree (identical or equivalent)."""
+    theirs = samples.read_samples(against)
+    result = compare(samples.read_samples(_samples_file(ours, against)), theirs)
     if as_json:
-        sys.stdout.write(json.dumps(comparison.as_dict(), indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n")
     else:
-        console = Console()
-        for line in comparison.lines():
-            console.print(escape(line))
-    return 0 if comparison.agrees else 1
+        _print_comparison(Console(), result)
+    return 0 if result.verdict in ("identical", "equivalent") else 1
+
+
+def _print_comparison(console: Console, result: Comparison) -> None:
+    console.print(f"documents: {result.compared} compared, {result.shared} shared")
+    for title, missing in (("only ours", result.only_ours), ("only theirs", result.only_theirs)):
+        if missing:
+            console.print(f"  {title}: {len(missing)}")
+    if result.logprob_max is not None and result.logprob_mean is not None:
+        console.print(f"|Δ log p| of a choice: mean {result.logprob_mean:.3g}, largest {result.logprob_max:.3g}")
+    if result.scores:
+        table = Table("score", "documents", "ours", "theirs", "within one standard error")
+        for pair in result.scores:
+            ours, theirs = _with_error(pair.ours, pair.ours_error), _with_error(pair.theirs, pair.theirs_error)
+            table.add_row(escape(pair.name), str(pair.n), ours, theirs, "yes" if pair.agrees else "[bold red]no[/]")
+        console.print(table)
+    if result.differences:
+        table = Table("document", "differs in", "ours", "theirs", title="the first differences", title_justify="left")
+        for item in result.differences[:10]:
+            table.add_row(str(item.doc_id), escape(item.what), escape(item.ours[:60]), escape(item.theirs[:60]))
+        console.print(table)
+    console.print(f"verdict: [bold]{result.verdict}[/]")
+    for reason in result.reasons:
+        console.print(f"  - {escape(reason)}")
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
 def _samples_file(ours: Path, against: Path) -> Path:

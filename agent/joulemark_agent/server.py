@@ -101,6 +101,7 @@ def assemble(settings: Settings) -> Services:
         jobs.stop()
         completions.close()
         journal.close()
+        outbox.close()
 
     return Services(store, jobs, outbox, completions, puller, device, start, stop)
 
