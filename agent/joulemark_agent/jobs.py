@@ -277,7 +277,7 @@ class Jobs:
 
     def _listen(self, spec: RunSpec, attempt: int, worker: Worker) -> _Ended:
         """Journal the worker's messages until it finishes, fails, dies, stalls, is cancelled, or the agent stops."""
-        deadline = time.monotonic() + spec.timeout_s
+        deadline = self._started_s(spec.run_id) + spec.timeout_s
         heard = time.monotonic()
         while True:
             if self._stopping.is_set():
@@ -300,6 +300,11 @@ class Jobs:
             if isinstance(message, Failed):
                 return _Ended(message.problem)
             self._keep(spec, attempt, message)
+
+    def _started_s(self, run_id: str) -> float:
+        """When the run's first attempt on this boot began, on the monotonic clock."""
+        boot = self._now().boot_id
+        return min(a.clock.monotonic_s for a in self._journal.attempts(run_id) if a.clock.boot_id == boot)
 
     def _keep(self, spec: RunSpec, attempt: int, message: Message) -> None:
         journal, run = self._journal, spec.run_id

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import altair as alt
 import vl_convert
 from joulemark.metrics import METRICS
 from joulemark.wire import Cell, Grid, Measure
@@ -30,33 +29,52 @@ GLYPHS: Mapping[str, str] = {
 }
 """Drawn as outlines, one pixel a unit, so that no font needs to have them."""
 
+FILLED, PLAIN = "datum.shown !== null", "datum.shown === null"
+ON_FILL: Mapping[str, Any] = {
+    "condition": {"test": f"datum.text === '{LIGHT_TEXT}'", "value": LIGHT_TEXT},
+    "value": DARK_TEXT,
+}
+TOOLTIP = [
+    {"field": field, "type": "nominal", "title": title}
+    for field, title in {
+        "device": "device",
+        "model": "model",
+        "metric": "figure",
+        "said": "state",
+        "value": "value",
+        "range": "interval",
+        "n": "sample size",
+        "source": "source",
+        "why": "why",
+        "run": "run",
+    }.items()
+]
+
 
 def heatmap(grid: Grid, theme: str = "light") -> dict[str, Any]:
     """The Vega-Lite definition of `grid`, which has a cell; `theme` sets the parameters' first values."""
     unit = grid_unit(grid)
     rows = [_row(cell, grid, unit) for cell in grid.cells]
-    chart = alt.layer(*_layers(rows, _domain(rows), grid, unit)).properties(
-        data=alt.Data(values=_with_text_colours(rows, _domain(rows), _brighter_is_more(grid))),
-        width=alt.Step(CELL_WIDTH),
-        height=alt.Step(CELL_HEIGHT),
-        background=_themed("paper"),
-        title=alt.TitleParams(
-            METRICS[grid.metric].title.capitalize(),
-            subtitle=f"{grid.task}, device × model",
-            anchor="start",
-            color=_themed("ink"),
-            subtitleColor=_themed("muted"),
-            fontSize=15,
-            subtitleFontSize=12,
-            offset=14,
-        ),
-    )
-    definition: dict[str, Any] = chart.to_dict()
-    params = [{"name": name, "value": value} for name, value in THEMES[theme].items()]
+    domain = _domain(rows)
     return {
-        **definition,
-        "params": params,
+        "background": _themed("paper"),
         "config": {"view": {"stroke": None}, "font": "system-ui, sans-serif", "aria": False},
+        "params": [{"name": name, "value": value} for name, value in THEMES[theme].items()],
+        "title": {
+            "text": METRICS[grid.metric].title.capitalize(),
+            "subtitle": f"{grid.task}, device × model",
+            "anchor": "start",
+            "color": _themed("ink"),
+            "subtitleColor": _themed("muted"),
+            "fontSize": 15,
+            "subtitleFontSize": 12,
+            "offset": 14,
+        },
+        "width": {"step": CELL_WIDTH},
+        "height": {"step": CELL_HEIGHT},
+        "data": {"values": _with_text_colours(rows, domain, _brighter_is_more(grid))},
+        "encoding": {**_axes(grid), "tooltip": TOOLTIP},
+        "layer": [*_backgrounds(rows, domain, grid, unit), *_marks(rows), *_words()],
     }
 
 
@@ -70,7 +88,7 @@ def stack(definitions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = dict(definitions[0])
     if len(definitions) == 1:
         return first
-    outer = {name: first[name] for name in ("$schema", "background", "config", "params")}
+    outer = {name: first[name] for name in ("background", "config", "params")}
     inner = [{key: value for key, value in one.items() if key not in outer} for one in definitions]
     return {**outer, "vconcat": inner, "spacing": 36, "resolve": {"scale": {"color": "independent"}}}
 
@@ -138,129 +156,89 @@ def _with_text_colours(
     return coloured
 
 
-def _themed(name: str) -> Any:
-    return alt.ExprRef(expr=name)
+def _themed(name: str) -> dict[str, str]:
+    """A colour of the theme, by its parameter."""
+    return {"expr": name}
 
 
-def _on_fill() -> Any:
-    return alt.condition(f"datum.text === '{LIGHT_TEXT}'", alt.value(LIGHT_TEXT), alt.value(DARK_TEXT))
+def _layer(where: str, mark: dict[str, Any], **encoding: Any) -> dict[str, Any]:
+    return {"transform": [{"filter": where}], "mark": mark, "encoding": encoding}
 
 
-def _layers(rows: Sequence[Mapping[str, Any]], domain: tuple[float, float], grid: Grid, unit: Unit) -> list[Any]:
-    axis: dict[str, Any] = {
-        "labelColor": _themed("ink"),
-        "domain": False,
-        "ticks": False,
-        "labelFontSize": 12,
-        "title": None,
+def _axes(grid: Grid) -> dict[str, Any]:
+    """Models along the top, name above quantization; devices down the left; both in the grid's order."""
+    look = {"labelColor": _themed("ink"), "domain": False, "ticks": False, "labelFontSize": 12, "title": None}
+    across = {
+        "orient": "top",
+        "labelPadding": 24,
+        "labelAngle": 0,
+        "labelLimit": CELL_WIDTH - 8,
+        "labelExpr": "split(datum.label, ' · ')",
     }
-    base = alt.Chart().encode(
-        x=alt.X(
-            "model:N",
-            sort=list(grid.columns),
-            scale=alt.Scale(paddingInner=GAP / CELL_WIDTH, paddingOuter=0),
-            axis=alt.Axis(
-                **axis,
-                orient="top",
-                labelPadding=24,
-                labelAngle=0,
-                labelLimit=CELL_WIDTH - 8,
-                labelExpr="split(datum.label, ' · ')",
-            ),
-        ),
-        y=alt.Y(
-            "device:N",
-            sort=list(grid.rows),
-            scale=alt.Scale(paddingInner=GAP / CELL_HEIGHT, paddingOuter=0),
-            axis=alt.Axis(**axis, labelPadding=8, labelLimit=220),
-        ),
-        tooltip=_tooltip(),
-    )
-    return [*_backgrounds(base, rows, domain, grid, unit), *_marks(base, rows), *_words(base)]
-
-
-def _tooltip() -> list[Any]:
-    named = {
-        "device": "device",
-        "model": "model",
-        "metric": "figure",
-        "said": "state",
-        "value": "value",
-        "range": "interval",
-        "n": "sample size",
-        "source": "source",
-        "why": "why",
-        "run": "run",
+    return {
+        "x": {
+            "field": "model",
+            "type": "nominal",
+            "sort": list(grid.columns),
+            "scale": {"paddingInner": GAP / CELL_WIDTH, "paddingOuter": 0},
+            "axis": {**look, **across},
+        },
+        "y": {
+            "field": "device",
+            "type": "nominal",
+            "sort": list(grid.rows),
+            "scale": {"paddingInner": GAP / CELL_HEIGHT, "paddingOuter": 0},
+            "axis": {**look, "labelPadding": 8, "labelLimit": 220},
+        },
     }
-    return [alt.Tooltip(f"{field}:N", title=title) for field, title in named.items()]
 
 
 def _backgrounds(
-    base: Any, rows: Sequence[Mapping[str, Any]], domain: tuple[float, float], grid: Grid, unit: Unit
-) -> list[Any]:
+    rows: Sequence[Mapping[str, Any]], domain: tuple[float, float], grid: Grid, unit: Unit
+) -> list[dict[str, Any]]:
     """Filled cells carry the scale; cells without a comparable number are a quiet box with an outline."""
-    layers = [
-        base.transform_filter("datum.shown === null").mark_rect(
-            fill=_themed("quiet"), stroke=_themed("line"), strokeDash=[3, 3]
-        )
-    ]
+    quiet = {"type": "rect", "fill": _themed("quiet"), "stroke": _themed("line"), "strokeDash": [3, 3]}
+    layers = [_layer(PLAIN, quiet)]
     if any(row["shown"] is not None for row in rows):
-        better = {"higher": "higher is better", "lower": "lower is better", None: ""}[METRICS[grid.metric].better]
         colours = CIVIDIS if _brighter_is_more(grid) else CIVIDIS[::-1]
-        legend = alt.Legend(
-            title=f"{unit.symbol}, {better}" if better else unit.symbol,
-            orient="bottom",
-            direction="horizontal",
-            gradientLength=260,
-            gradientThickness=12,
-            titleColor=_themed("ink"),
-            labelColor=_themed("ink"),
-            gradientStrokeColor=_themed("line"),
-            gradientStrokeWidth=1,
-            titleFontWeight="normal",
-            offset=14,
-        )
-        scale = alt.Scale(domain=list(domain), range=list(colours), clamp=True)
-        layers.append(
-            base.transform_filter("datum.shown !== null")
-            .mark_rect()
-            .encode(color=alt.Color("shown:Q", scale=scale, legend=legend))
-        )
+        scale = {"domain": list(domain), "range": list(colours), "clamp": True}
+        colour = {"field": "shown", "type": "quantitative", "scale": scale, "legend": _legend(grid, unit)}
+        layers.append(_layer(FILLED, {"type": "rect"}, color=colour))
     return layers
 
 
-def _marks(base: Any, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+def _legend(grid: Grid, unit: Unit) -> dict[str, Any]:
+    better = METRICS[grid.metric].better
+    return {
+        "title": f"{unit.symbol}, {better} is better" if better else unit.symbol,
+        "orient": "bottom",
+        "direction": "horizontal",
+        "gradientLength": 260,
+        "gradientThickness": 12,
+        "titleColor": _themed("ink"),
+        "labelColor": _themed("ink"),
+        "gradientStrokeColor": _themed("line"),
+        "gradientStrokeWidth": 1,
+        "titleFontWeight": "normal",
+        "offset": 14,
+    }
+
+
+def _marks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Hatching for what must not be compared; an outlined glyph, top left, for every other state but valid ones."""
     states = {row["state"] for row in rows}
-    layers: list[Any] = []
+    outline = {"type": "point", "filled": False, "size": 4}  # a shape's unit is half the root of its size: one pixel
+    layers: list[dict[str, Any]] = []
     if "not_comparable" in states:
-        hatch = base.transform_filter("datum.state === 'not_comparable'")
+        lines = {"shape": hatching(CELL_WIDTH - GAP, CELL_HEIGHT - GAP), "stroke": _themed("line")}
         layers.append(
-            hatch.mark_point(
-                shape=hatching(CELL_WIDTH - GAP, CELL_HEIGHT - GAP),
-                size=4,
-                stroke=_themed("line"),
-                strokeWidth=1,
-                opacity=0.35,
-            )
+            _layer("datum.state === 'not_comparable'", {**outline, **lines, "strokeWidth": 1, "opacity": 0.35})
         )
+    corner = {"xOffset": 18 - CELL_WIDTH / 2, "yOffset": 18 - CELL_HEIGHT / 2, "strokeWidth": 1.8}
     for state, path in GLYPHS.items():
         if state in states:
-            colour: dict[str, Any] = (
-                {"stroke": _on_fill()} if state == "invalid" else {"stroke": alt.value(_themed("ink"))}
-            )
-            layers.append(
-                base.transform_filter(f"datum.state === '{state}'")
-                .mark_point(
-                    shape=path,
-                    size=4,
-                    strokeWidth=1.8,
-                    filled=False,
-                    xOffset=-CELL_WIDTH / 2 + 18,
-                    yOffset=-CELL_HEIGHT / 2 + 18,
-                )
-                .encode(**colour)
-            )
+            stroke = ON_FILL if state == "invalid" else {"value": _themed("ink")}
+            layers.append(_layer(f"datum.state === '{state}'", {**outline, **corner, "shape": path}, stroke=stroke))
     return layers
 
 
@@ -276,25 +254,19 @@ def hatching(width: float, height: float, distance: float = 9.0) -> str:
     return "".join(lines)
 
 
-def _words(base: Any) -> list[Any]:
-    """Headline, detail and badge: on a filled cell in the colour that was chosen for its fill, else in the ink's."""
-    layers: list[Any] = []
-    for field, drop, size, weight in (
-        ("headline", -8, 16, "bold"),
-        ("detail", 11, 11, "normal"),
-        ("badge", 27, 10, "bold"),
-    ):
-        filled = base.transform_filter("datum.shown !== null").mark_text(
-            dy=drop, fontSize=size, fontWeight=weight, limit=CELL_WIDTH - 22
-        )
-        layers.append(filled.encode(text=f"{field}:N", color=_on_fill()))
-        if field != "badge":
-            plain = base.transform_filter("datum.shown === null").mark_text(
-                dy=drop,
-                fontSize=size - 2 if field == "headline" else size,
-                fontWeight=weight,
-                limit=CELL_WIDTH - 22,
-                color=_themed("ink" if field == "headline" else "muted"),
-            )
-            layers.append(plain.encode(text=f"{field}:N"))
-    return layers
+def _words() -> list[dict[str, Any]]:
+    """Headline, detail and badge: on a filled cell in the colour that was chosen for its fill, else in the theme's."""
+
+    def line(field: str, drop: int, size: int, weight: str, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        mark = {"type": "text", "dy": drop, "fontSize": size, "fontWeight": weight, "limit": CELL_WIDTH - 22, **more}
+        return mark, {"field": field, "type": "nominal"}
+
+    filled = (line("headline", -8, 16, "bold"), line("detail", 11, 11, "normal"), line("badge", 27, 10, "bold"))
+    plain = (
+        line("headline", -8, 14, "bold", color=_themed("ink")),
+        line("detail", 11, 11, "normal", color=_themed("muted")),
+    )
+    return [
+        *(_layer(FILLED, mark, text=text, color=ON_FILL) for mark, text in filled),
+        *(_layer(PLAIN, mark, text=text) for mark, text in plain),
+    ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 CIVIDIS = ("#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838")
-DARK_TEXT = "#10151c"
+DARK_TEXT = "#000000"
 LIGHT_TEXT = "#ffffff"
 THEMES: Mapping[str, Mapping[str, str]] = {
     "light": {"paper": "#ffffff", "ink": "#1a2027", "muted": "#4c5866", "quiet": "#edf0f3", "line": "#8793a0"},

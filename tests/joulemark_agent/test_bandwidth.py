@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,22 @@ def test_a_real_measurement_lies_in_the_range_of_real_memory() -> None:
     assert 0.1e9 < measured.low <= measured.value == measured.high
     assert measured.value < 3000e9, "more than any memory: the pages were not real or came from a cache"
     assert measured.n == 5
+
+
+def test_the_pages_that_are_read_are_real_ones() -> None:
+    """Pages that nobody wrote are one page of zeros in the cache; the peak memory of a measuring process tells them."""
+    planned = plan(Roots())
+    if isinstance(planned, Absent):
+        pytest.skip(f"this machine cannot measure it: {planned.reason}")
+    source = """
+from pathlib import Path
+from joulemark_agent import bandwidth
+from joulemark_agent.sysfs import Roots
+bandwidth.measure(Roots(), passes=5)
+print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) * 1024 > planned.bytes_all
 
 
 def test_memory_that_cannot_be_had_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:

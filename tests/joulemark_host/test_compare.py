@@ -26,9 +26,7 @@ def grid_of(runs: list[RunFacts], metric: str = "decode_rate", **more: Any) -> d
 
 def test_every_state_of_a_cell():
     cells = grid_of(fleet())
-    states = {
-        (row.split()[0], column.split()[-1]): (cell.status, cell.valid) for (row, column), cell in cells.items()
-    }
+    states = {(row.split()[0], column.split()[-1]): (cell.status, cell.valid) for (row, column), cell in cells.items()}
     assert states == {
         ("Jetson", "Q4_K_M"): ("not_run", None),
         ("Jetson", "Q4_1"): ("measured", True),

@@ -167,7 +167,9 @@ def test_what_is_not_a_record_is_refused_in_words_and_not_stored(records: Record
 def test_bounds_newer_schema_and_wrong_address(records: Records):
     with pytest.raises(TooLarge, match="takes 100"):
         parse_record(GOOD, 100)
-    newer = GOOD.replace(b'{"schema_number":1', b'{"schema_number":99', 1).replace(b'"status":"done"', b'"status":"new"')
+    newer = GOOD.replace(b'{"schema_number":1', b'{"schema_number":99', 1).replace(
+        b'"status":"done"', b'"status":"new"'
+    )
     with pytest.raises(BadInput, match="schema 99") as caught:
         records.put(newer)
     assert "update" in caught.value.hint
@@ -182,7 +184,7 @@ def test_columns_are_derived_again_when_the_derivation_changes(url: str, monkeyp
     store.put(GOOD)
     store.close()
     monkeypatch.setattr(module, "FACTS_VERSION", 2)
-    monkeypatch.setattr(module, "facts_of", lambda record: facts_of(make_record(summary=Summary(metrics={})))) # type: ignore[misc]
+    monkeypatch.setattr(module, "facts_of", lambda record: facts_of(make_record(summary=Summary(metrics={}))))  # type: ignore[misc]
     again = Records(url)
     assert again.facts()[0].metrics == {}
     assert again.raw("run-1") == GOOD

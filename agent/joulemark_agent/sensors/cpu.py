@@ -3,14 +3,16 @@
 Owns: the two channels. Not aware of the governor (a fact of the device) or of why a frequency is low (throttle.py).
 Truth: Documentation/admin-guide/pm/cpufreq.rst: `scaling_cur_freq` is in kilohertz; it is what the driver measured or
 set, not the advertised clock. /proc/cpuinfo's "cpu MHz" is not used: in virtual machines it is a constant.
+A machine with many policies is read more rarely than the sampler ticks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from joulemark.wire import Channel
-from joulemark_agent.sensors import NotPresent, Options, Sensor, Values
+from joulemark_agent.sensors import NotPresent, Options, Pace, Sensor, Values
 from joulemark_agent.sysfs import KeptFile, Roots, entries, text_or_none
 
 _SOURCE = "cpufreq: scaling_cur_freq of every policy"
@@ -22,11 +24,15 @@ class _Cpu:
         Channel(name="cpu.frequency_max", quantity="frequency", unit="Hz", source=_SOURCE),
     )
 
-    def __init__(self, policies: list[Path]) -> None:
+    def __init__(self, policies: list[Path], clock: Callable[[], float]) -> None:
+        self._pace = Pace(clock)
         self._weights = [len((text_or_none(policy / "affected_cpus") or "0").split()) for policy in policies]
         self._files = [KeptFile(policy / "scaling_cur_freq") for policy in policies]
 
     def read(self) -> Values:
+        return self._pace.read(self._read_now) or (None, None)
+
+    def _read_now(self) -> Values:
         total_khz, weight, highest_khz = 0.0, 0, 0.0
         for file, cpus in zip(self._files, self._weights, strict=True):
             khz = file.number()
@@ -53,4 +59,4 @@ def probe(roots: Roots, options: Options) -> Sensor:
         raise NotPresent(
             "the kernel offers no cpufreq policy: this machine's clock is not visible (usual in virtual machines)"
         )
-    return _Cpu(policies)
+    return _Cpu(policies, options.clock)

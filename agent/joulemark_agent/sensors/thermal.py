@@ -2,7 +2,7 @@
 
 Owns: the zones' names and which values are no readings. Not aware of limits or of throttling. Truth:
 Documentation/driver-api/thermal/sysfs-api.rst: `temp` is in millidegrees; a zone that is powered down fails to read
-or reports -256000. A zone that is costly to read (ACPI runs firmware code for it) is read more rarely.
+or XX
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from joulemark.wire import Channel
 from joulemark_agent.sensors import NotPresent, Options, Pace, Sensor, Values, distinct, identifier
 from joulemark_agent.sysfs import NO_READING, KeptFile, Roots, entries, text_or_none
 
+_INTERVAL_S = 0.5
 _PLAUSIBLE_C = (-100.0, 250.0)
 """Outside the range of silicon and of the sensors in it: garbage, not a temperature."""
 
@@ -21,7 +22,7 @@ _PLAUSIBLE_C = (-100.0, 250.0)
 class _Zone:
     def __init__(self, folder: Path, clock: Callable[[], float]) -> None:
         self._file = KeptFile(folder / "temp", sentinels=(NO_READING,))
-        self._pace = Pace(clock)
+        self._pace = Pace(clock, _INTERVAL_S)
         self._implausible = 0
 
     def read(self) -> float | None:

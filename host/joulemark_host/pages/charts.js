@@ -13,6 +13,7 @@
     try {
       // ast: expressions are interpreted, not compiled, so the page's policy can forbid eval.
       await vegaEmbed(holder, definition, {
+        mode: "vega-lite",
         ast: true,
         actions: false,
         renderer: "svg",

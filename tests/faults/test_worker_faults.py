@@ -1,0 +1,213 @@
+"""Workers that crash, hang, run out of memory or are killed: the run says which, nothing is lost or doubled, the next run works."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from joulemark.wire import RunRecord
+from joulemark_agent.jobs import Jobs
+from joulemark_agent.journal import Journal
+
+from tests.fixtures.small_world import make_files, make_machine, make_spec
+
+SIZE = 20
+
+
+class Bench:
+    """A queue over the fake backend, with what it delivered."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = make_files(folder, SIZE)
+        self.delivered: list[tuple[str, bytes]] = []
+        self.open()
+
+    def open(self) -> None:
+        self.journal = Journal(self.folder / "journal.sqlite")
+        self.jobs = Jobs(self.journal, self.files, make_machine(), lambda *pair: self.delivered.append(pair))
+        self.jobs.start()
+
+    def close(self) -> None:
+        self.jobs.stop()
+        self.journal.close()
+
+    def run(self, run_id: str, **changes: object) -> RunRecord:
+        self.jobs.submit(make_spec(self.files, run_id, **changes))
+        return self.wait(run_id)
+
+    def wait(self, run_id: str, timeout_s: float = 60) -> RunRecord:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.jobs.state(run_id).status not in ("queued", "running"):
+                return RunRecord.model_validate_json(self.jobs.record(run_id))
+            time.sleep(0.05)
+        raise AssertionError(f"the run did not end: {self.jobs.state(run_id)}")
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.close()
+
+
+def complete(record: RunRecord) -> bool:
+    return [item.doc_id for item in record.items] == list(range(SIZE))
+
+
+def test_a_clean_run_is_done_in_one_attempt(bench: Bench) -> None:
+    record = bench.run("clean")
+    assert (record.status, record.attempts, record.interruptions) == ("done", 1, ())
+    assert complete(record) and record.problem is None
+    assert [phase.name for phase in record.phases] == ["idle", "load", "warmup", "latency", "accuracy", "cooldown"]
+    starts = [phase.start_s for phase in record.phases]
+    assert starts == sorted(starts) and all(phase.end_s >= phase.start_s for phase in record.phases)
+    assert record.trace is not None
+    assert record.trace.times_s[0] <= record.phases[0].start_s + 0.2
+    assert record.trace.times_s[-1] >= record.phases[-1].end_s
+    assert [run_id for run_id, _ in bench.delivered] == ["clean"]
+
+
+@pytest.mark.parametrize("fault", ["kill:7", "abort:7"])
+def test_a_worker_that_dies_again_and_again_is_resumed_until_done(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setenv("JOULEMARK_FAKE_FAULT", fault)
+    record = bench.run("dying")
+    # Seven results an attempt: 7, 14, 20.
+    assert record.status == "done" and complete(record)
+    assert record.attempts == 3 and len(record.interruptions) == 2
+    signal_name = "SIGKILL" if fault.startswith("kill") else "SIGABRT"
+    assert all(problem.code == "worker_crashed" for problem in record.interruptions)
+    assert all(signal_name in problem.message for problem in record.interruptions)
+    monkeypatch.delenv("JOULEMARK_FAKE_FAULT")
+    clean = bench.run("clean")
+    assert [(item.doc_id, item.prompt_sha256, item.choice_logprobs) for item in clean.items] == [
+        (item.doc_id, item.prompt_sha256, item.choice_logprobs) for item in record.items
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"), [("kill:0", "worker_crashed"), ("abort:0", "worker_crashed"), ("memory:0", "out_of_memory")]
+)
+def test_a_worker_without_progress_fails_the_run_and_the_next_works(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, fault: str, code: str
+) -> None:
+    monkeypatch.setenv("JOULEMARK_FAKE_FAULT", fault)
+    record = bench.run("failing")
+    assert record.status == "failed" and record.problem is not None and record.problem.code == code
+    assert record.problem.hint and not record.verdict.valid and record.items == ()
+    monkeypatch.delenv("JOULEMARK_FAKE_FAULT")
+    assert bench.run("next").status == "done"
+
+
+def test_a_hanging_worker_is_killed_and_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOULEMARK_FAKE_FAULT", "hang:0")
+    record = bench.run("hanging", stall_timeout_s=1.5)
+    assert record.status == "failed" and record.problem is not None and record.problem.code == "worker_hung"
+    assert "1.5 s" in record.problem.message
+    monkeypatch.delenv("JOULEMARK_FAKE_FAULT")
+    assert bench.run("next").status == "done"
+
+
+def test_a_worker_that_hangs_after_progress_is_resumed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOULEMARK_FAKE_FAULT", "hang:12")
+    record = bench.run("stumbling", stall_timeout_s=1.5)
+    assert record.status == "done" and complete(record) and record.attempts == 2
+    assert record.interruptions[0].code == "worker_hung"
+
+
+def test_a_run_that_outlasts_its_limit_is_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOULEMARK_FAKE_FAULT", "slow:0.3")
+    record = bench.run("endless", timeout_s=4.0)
+    assert record.status == "failed" and record.problem is not None and record.problem.code == "worker_hung"
+    assert "limit of 4 s" in record.problem.message and 0 < len(record.items) < SIZE
+
+
+def worker_pid(bench: Bench) -> int:
+    """The running worker, found as a child of this process."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for task in Path("/proc/self/task").iterdir():
+            try:
+                children = (task / "children").read_text().split()
+            except OSError:
+                continue
+            for child in children:
+                command = Path(f"/proc/{child}/cmdline").read_bytes()
+                if b"joulemark_agent.worker" in command:
+                    return int(child)
+        time.sleep(0.02)
+    raise AssertionError("no worker was started")
+
+
+def wait_for_items(bench: Bench, run_id: str, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while bench.jobs.state(run_id).items_done < count:
+        assert time.monotonic() < deadline, bench.jobs.state(run_id)
+        time.sleep(0.01)
+
+
+def test_kill_9_of_the_worker_in_mid_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOULEMARK_FAKE_FAULT", "slow:0.05")
+    bench.jobs.submit(make_spec(bench.files, "victim"))
+    wait_for_items(bench, "victim", 5)
+    os.kill(worker_pid(bench), signal.SIGKILL)
+    record = bench.wait("victim")
+    assert record.status == "done" and complete(record)
+    assert record.attempts == 2 and "SIGKILL" in record.interruptions[0].message
+
+
+def test_cancelling_a_running_and_a_queued_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOULEMARK_FAKE_FAULT", "slow:0.2")
+    bench.jobs.submit(make_spec(bench.files, "first"))
+    bench.jobs.submit(make_spec(bench.files, "second"))
+    wait_for_items(bench, "first", 2)
+    bench.jobs.cancel("second")
+    bench.jobs.cancel("first")
+    first, second = bench.wait("first"), bench.wait("second")
+    assert (first.status, second.status) == ("cancelled", "cancelled")
+    assert 2 <= len(first.items) < SIZE and second.items == ()
+
+
+def test_an_agent_that_stops_resumes_the_run_at_its_next_start(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOULEMARK_FAKE_FAULT", "slow:0.05")
+    bench.jobs.submit(make_spec(bench.files, "long"))
+    wait_for_items(bench, "long", 4)
+    bench.close()
+    with sqlite3.connect(bench.folder / "journal.sqlite") as database:
+        (before,) = database.execute("SELECT count(*) FROM items").fetchone()
+    assert 4 <= before < SIZE
+    bench.open()
+    record = bench.wait("long")
+    assert record.status == "done" and complete(record) and record.attempts == 2
+    assert record.interruptions[0].code == "agent_stopped"
+    assert [phase.name for phase in record.phases].count("accuracy") == 2
+
+
+def test_the_same_run_id_is_one_run(bench: Bench) -> None:
+    spec = make_spec(bench.files, "once")
+    threads = [threading.Thread(target=bench.jobs.submit, args=(spec,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(bench.journal.runs()) == 1
+    bench.wait("once")
+    bench.jobs.submit(spec)
+    assert bench.jobs.state("once").status == "done"
+
+
+def test_a_rotten_model_file_is_refused_before_loading(bench: Bench) -> None:
+    data = bytearray(bench.files.model.read_bytes())
+    data[-100] ^= 0xFF
+    bench.files.model.write_bytes(data)
+    record = bench.run("rotten")
+    assert record.status == "failed" and record.problem is not None and record.problem.code == "digest_mismatch"
