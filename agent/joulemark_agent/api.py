@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from joulemark import __version__
 from joulemark.errors import BadInput, JoulemarkError, http_status, to_problem
 from joulemark.packs import MAX_PACK_BYTES
-from joulemark.wire import SCHEMA, DeviceFacts, Manifest, RunSpec
+from joulemark.wire import SCHEMA, DeviceFacts, Manifest, Problem, RunSpec
 from joulemark_agent.completions import Completions
 from joulemark_agent.http_body import bounded_chunks, read_body, read_model
 from joulemark_agent.jobs import Jobs
@@ -26,6 +26,7 @@ from joulemark_agent.openai_api import create_router
 from joulemark_agent.outbox import Outbox
 from joulemark_agent.pulling import Puller
 from joulemark_agent.store import Store
+from starlette.exceptions import HTTPException
 
 JSON_LIMIT = 1024 * 1024
 
@@ -56,6 +57,7 @@ def create_app(services: Services) -> FastAPI:
         await run_in_threadpool(services.stop)
 
     app = FastAPI(title="Joulemark agent", version=__version__, lifespan=lifespan)
+    app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(JoulemarkError, _answer_error)
     app.add_exception_handler(OSError, _answer_error)
     app.add_exception_handler(Exception, _answer_error)
@@ -64,6 +66,15 @@ def create_app(services: Services) -> FastAPI:
     _add_runs(app, services)
     app.include_router(create_router(services.store, services.completions))
     return app
+
+
+async def _answer_http_error(_: Request, error: Exception) -> JSONResponse:
+    """What the framework refuses itself (no such path, wrong method) in our shape."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    code = "not_found" if status == 404 else "bad_input"
+    detail = str(error.detail) if isinstance(error, HTTPException) else str(error)
+    problem = Problem(code=code, message=f"HTTP {status}: {detail}", hint="the endpoints are listed under /docs")
+    return JSONResponse(problem.model_dump(), status_code=status)
 
 
 async def _answer_error(_: Request, error: Exception) -> JSONResponse:

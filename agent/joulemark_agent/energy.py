@@ -33,6 +33,7 @@ class Column:
     """One total channel: its name, how to read it, and its values at the trace's times."""
 
     name: str
+    source: str
     quantity: Literal["power", "energy"]
     values: tuple[float | None, ...]
     max_gap_s: float
@@ -51,7 +52,8 @@ class Meter:
         """Channels, meaning and method, for Measure.source."""
         methods = {"power": "trapezoid of sampled power", "energy": "difference of an energy counter"}
         used = " and ".join(methods[quantity] for quantity in sorted({column.quantity for column in self.columns}))
-        return f"{' + '.join(column.name for column in self.columns)} ({self.meaning}; {used})"
+        named = " + ".join(f"{column.name} of {column.source}" for column in self.columns)
+        return f"{named} ({self.meaning}; {used})"
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def find_meter(trace: Trace | None) -> Meter | Absent:
     columns = tuple(
         Column(
             name=channel.name,
+            source=channel.source,
             quantity="power" if channel.quantity == "power" else "energy",
             values=values,
             max_gap_s=gap_limit(trace.times_s, values, trace.interval_s),

@@ -240,11 +240,13 @@ class Outbox:
 
     # --- inside -------------------------------------------------------------------------------------------------------
     def _settle(self, run_id: str, state: str, reason: str | None) -> None:
-        kept = "body" if state == "rejected" else "NULL"
+        # What was dropped while it was on its way and then arrived was delivered; its body is gone, so that it cannot
+        # be kept aside any more.
+        kept, among = ("body", "('pending')") if state == "rejected" else ("NULL", "('pending', 'dropped')")
         with self._change() as database:
             database.execute(
                 f"UPDATE entries SET state = ?, reason = ?, wall_s = ?, body = {kept}"
-                " WHERE run_id = ? AND state = 'pending'",
+                f" WHERE run_id = ? AND state IN {among}",
                 (state, reason, self._wall(), run_id),
             )
             self._refusals.pop(run_id, None)

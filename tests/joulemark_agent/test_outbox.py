@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from joulemark.errors import BadInput, Conflict, JoulemarkError
+from joulemark_agent import database as database_module
 from joulemark_agent import outbox as outbox_module
 from joulemark_agent.outbox import HOUSEKEEPING_S, PAUSE_POLL_S, Outbox, Sender
 from joulemark_agent.sinks import SinkUnavailable
@@ -107,6 +108,8 @@ def test_adding_twice_is_adding_once_also_after_delivery(tmp_path: Path) -> None
     assert outbox.pending() == 0
     with pytest.raises(Conflict, match="another record"):
         outbox.add("run-1", b"other")
+    outbox.add("run-2", b"two")
+    assert outbox.pending() == 1
 
 
 def test_what_was_added_is_there_after_a_restart(tmp_path: Path) -> None:
@@ -269,6 +272,17 @@ def test_rejected_records_go_before_pending_ones(tmp_path: Path) -> None:
     assert dropped.run_id == "run-2"
     assert dropped.reason.endswith("it had been rejected before")
     assert outbox.pending() == 3
+
+
+def test_dropped_while_on_its_way(tmp_path: Path) -> None:
+    outbox = make(tmp_path, max_bytes=10)
+    for name in ("run-1", "run-2", "run-3"):
+        outbox.add(name, bytes(10))
+    assert [record.run_id for record in outbox.dropped()] == ["run-1", "run-2"]
+    outbox.delivered("run-1")  # it arrived after all
+    outbox.reject("run-2", "refused")  # and this one did not
+    assert [record.run_id for record in outbox.dropped()] == ["run-2"]
+    assert outbox.rejected() == ()
 
 
 def test_delivered_records_take_no_room(tmp_path: Path) -> None:
@@ -478,6 +492,35 @@ def test_a_second_damage_does_not_overwrite_the_first(tmp_path: Path) -> None:
         make(tmp_path).close()
     assert (tmp_path / "outbox.sqlite.damaged-1").read_bytes() == b"no database 1" * 100
     assert (tmp_path / "outbox.sqlite.damaged-2").read_bytes() == b"no database 2" * 100
+
+
+def test_what_belongs_to_a_damaged_database_goes_with_it(tmp_path: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        (tmp_path / f"outbox.sqlite{suffix}").write_bytes(f"old{suffix}".encode())
+    assert "outbox.sqlite.damaged-1" in database_module._move_aside(tmp_path / "outbox.sqlite", "torn")
+    for suffix in ("", "-wal", "-shm"):
+        assert (tmp_path / f"outbox.sqlite.damaged-1{suffix}").read_bytes() == f"old{suffix}".encode()
+        assert not (tmp_path / f"outbox.sqlite{suffix}").exists()
+
+
+def test_a_commit_is_on_the_disk_when_it_returns(tmp_path: Path) -> None:
+    database = make(tmp_path)._database
+    assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert database.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+
+
+def test_a_database_that_cannot_even_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("joulemark_agent.database.BUSY_TIMEOUT_S", 0.05)
+    holder = sqlite3.connect(tmp_path / "outbox.sqlite", isolation_level=None)
+    holder.execute("PRAGMA locking_mode=EXCLUSIVE")
+    holder.execute("CREATE TABLE mine (x)")
+    with pytest.raises(JoulemarkError, match="database is locked"):
+        make(tmp_path)
+    holder.close()
+    make(tmp_path)
+    assert not list(tmp_path.glob("*damaged*"))
 
 
 def test_a_database_that_another_process_holds_is_not_called_damaged(

@@ -169,11 +169,12 @@ def test_a_sensor_vanishing_in_mid_run_leaves_gaps_and_comes_back(tmp_path: Path
             return super().wait(seconds)
 
     script = Vanishing(clock, ticks=5)
-    sampler = Sampler(sensors, 0.1, clock, wait=script.wait)
+    sampler = Sampler(sensors, 0.6, clock, wait=script.wait)
     sampler.start()
     sampler._thread.join(10)
     trace = sampler.stop()
     names = [channel.name for channel in trace.channels]
+    assert len(trace.times_s) == 6
     assert trace.values[names.index("thermal.x86_pkg_temp")] == (61.0, 61.0, None, None, 63.0, 63.0)
     assert trace.values[names.index("thermal.acpitz")] == pytest.approx((27.8,) * 6)
     assert "2 reads gave nothing" in trace.absent["thermal.x86_pkg_temp"].reason

@@ -273,8 +273,8 @@ def test_thermal_no_reading_is_none_with_its_reason(tmp_path: Path) -> None:
 def test_cpu_frequency_is_weighted_by_processors_and_in_hertz(tmp_path: Path) -> None:
     files = cpufreq(("0 1 2", 1_000_000, 2_000_000), ("3", 3_000_000, 3_000_000))
     sensor = cpu.probe(plant(tmp_path, files), Options())
-    assert value(sensor, "cpu.frequency_mean") == pytest.approx(1.5e9)
-    assert value(sensor, "cpu.frequency_max") == pytest.approx(3.0e9)
+    assert [channel.name for channel in sensor.channels] == ["cpu.frequency_mean", "cpu.frequency_max"]
+    assert sensor.read() == (pytest.approx(1.5e9), pytest.approx(3.0e9))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

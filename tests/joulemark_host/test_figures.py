@@ -110,6 +110,14 @@ def test_text_stands_out_on_every_fill_and_in_both_themes():
                 assert contrast(as_rgb[text], as_rgb[ground]) >= 4.5, (text, ground)  # type: ignore[arg-type]
 
 
+def test_the_definition_fits_the_schema_of_vega_lite():
+    altair = pytest.importorskip("altair", reason="altair carries the schema of Vega-Lite")
+    chart = draw(fleet(), "decode_rate", "arc_challenge").chart
+    altair.LayerChart.from_dict(chart)
+    two = charts.stack([chart or {}, draw(fleet(), "accuracy", "arc_challenge").chart or {}])
+    altair.VConcatChart.from_dict(two)
+
+
 def test_one_value_gets_the_middle_colour_and_no_value_no_scale():
     figure = draw([run_facts(1, figures={"accuracy": 0.4})], "accuracy", "arc_challenge")
     assert '"domain": [36.0, 44.0]' in json.dumps(figure.chart)

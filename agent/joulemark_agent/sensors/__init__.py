@@ -12,7 +12,7 @@ commands, no numpy. A plug-in may import this package's `__init__` and `joulemar
 Names that the rest of the agent relies on:
     power or energy with total=True                               what the joules of a run are made of
     thermal.* (≤ 2/s)                                             degrees Celsius, one per zone
-    cpu.frequency_mean, cpu.frequency_max                         Hz, over the cpufreq policies
+    cpu.frequency_mean, cpu.frequency_max (≤ 2/s)                 Hz, over the cpufreq policies
     memory.worker_pss, memory.available (≤ 1/s), memory.worker_rss  bytes
     contention.steal, .busy, .other_cpu (≤ 2/s)                   shares of the machine since the last reading
     contention.psi_cpu, .psi_memory, .psi_io (≤ 2/s)              shares of that time in which some task waited

@@ -1,8 +1,8 @@
 """Temperatures of every thermal zone, in degrees Celsius.
 
-Owns: the zones' names and which values are no readings. Not aware of limits or of throttling. Truth:
-Documentation/driver-api/thermal/sysfs-api.rst: `temp` is in millidegrees; a zone that is powered down fails to read
-or XX
+Owns: the zones' names and which values are no readings. Not aware of limits or of throttling.
+Truth: Documentation/driver-api/thermal/sysfs-api.rst: `temp` is in millidegrees; a zone that is powered down fails to
+read or reports -256000. Zones are read twice a second, and more rarely where that is costly (ACPI runs firmware code).
 """
 
 from __future__ import annotations

@@ -1,0 +1,144 @@
+"""The commands: output, exit status, messages with a next step; and the server's address rules."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from joulemark.errors import BadInput, Conflict, EngineFailed
+from joulemark_host import cli
+from joulemark_host.processes import Child
+from joulemark_host.records import Records
+from joulemark_host.server import LOOPBACK_NAMES, bind, names_of
+
+from tests.fixtures.gguf_files import llama, whole
+from tests.fixtures.records import make_device, make_record, record_bytes
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    records = Records(f"sqlite:///{folder / 'records.db'}")
+    device = make_device(name="\x1b[31mred\x1b[0m [bold]board")
+    records.put(record_bytes(make_record("run-1", device=device)))
+    records.put(record_bytes(make_record("run-2", task="gsm8k_cot", status="failed")))
+    records.close()
+    return folder
+
+
+def test_records_as_table_and_json(data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.run(["records", "--data", str(data)]) == 0
+    shown = capsys.readouterr().out
+    assert "run-1" in shown
+    assert "40.0 %" in shown
+    assert "failed" in shown
+    assert "\x1b[31m" not in shown  # a board's name cannot colour the terminal
+    assert "[bold]board" in shown  # and is not markup
+    assert cli.run(["records", "--data", str(data), "--task", "gsm8k_cot", "--json"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)
+    assert (run["run_id"], run["status"], run["problem"]["code"]) == ("run-2", "failed", "engine_failed")
+
+
+def test_heatmap_writes_page_and_picture(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    page, png = tmp_path / "h.html", tmp_path / "h.png"
+    arguments = ["heatmap", "--metric", "accuracy", "--data", str(data), "-o", str(page), "--png", str(png)]
+    assert cli.run(arguments) == 0
+    assert page.read_text().count('<section class="figure"') == 2
+    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    database = str(data / "records.db")
+    assert (
+        cli.run(["heatmap", "--metric", "accuracy", "--task", "arc_challenge", "--database", database, "-o", str(page)])
+        == 0
+    )
+    assert page.read_text().count('<section class="figure"') == 1
+    capsys.readouterr()
+    for wrong, says in ((["--metric", "speed"], "decode_rate"), (["--task", "mmlu"], "arc_challenge, gsm8k_cot")):
+        assert cli.run(["heatmap", *wrong, "--data", str(data), "-o", str(page)]) == 1
+        assert says in capsys.readouterr().err
+
+
+def test_errors_have_a_next_step_and_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for arguments, status, says in (
+        (["heatmap", "--data", str(tmp_path)], 1, "joulemark run"),
+        (["host", "--listen", "0.0.0.0:0", "--data", str(tmp_path)], 1, "--allow-unauthenticated"),
+        (["host", "--listen", "nonsense", "--data", str(tmp_path)], 1, "127.0.0.1:8080"),
+        (["run", "nothing.gguf", "--data", str(tmp_path)], 1, "check the path"),
+        (["run", "x", "--task", "nonsense", "--data", str(tmp_path)], 1, "known: arc_challenge"),
+        (["push", "x", "--to", "pi5.local", "--data", str(tmp_path)], 1, "http://127.0.0.1:8090"),
+        (["records", "--database", "what://x"], 1, "sqlite:///"),
+        (["heatmap", "--no-such-option"], 2, "--no-such-option"),
+        (["run"], 2, "model"),
+        (["run", "x", "--limit", "0"], 2, "--limit"),
+    ):
+        assert cli.run(arguments) == status, arguments
+        shown = capsys.readouterr()
+        assert says in shown.err + shown.out, arguments
+        assert "Traceback" not in shown.err
+
+
+def test_a_published_model_is_named_and_pushing_to_nobody_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = tmp_path / "tiny.gguf"
+    model.write_bytes(whole(llama()))
+    assert cli.run(["publish", str(model), "--name", "tiny", "--data", str(tmp_path / "d"), "--json"]) == 0
+    published = json.loads(capsys.readouterr().out)
+    assert len(published[str(model)]) == 64
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        assert cli.run(["push", "tiny", "--to", address, "--data", str(tmp_path / "d")]) == 1
+    assert "joulemark agent" in capsys.readouterr().err
+    (tmp_path / "d" / "shelf").rename(tmp_path / "moved")
+    (tmp_path / "d" / "shelf").write_text("a file in the way")
+    assert cli.run(["publish", str(model), "--data", str(tmp_path / "d")]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_one_clear_line_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with bind("127.0.0.1:0", False) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(Conflict, match="in use"):
+            bind(address, False)
+        assert cli.run(["host", "--listen", address, "--data", str(tmp_path / "new")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"joulemark: cannot listen on {address}: Address already in use\n  hint: ")
+    assert not (tmp_path / "new").exists()
+
+
+def test_only_loopback_is_served_without_being_told_otherwise():
+    for address in ("0.0.0.0:0", "[::]:0", "192.0.2.1:80"):
+        with pytest.raises(BadInput, match="no authentication"):
+            bind(address, False)
+    with bind("0.0.0.0:0", True) as listener:
+        assert names_of(listener) == ("*",)
+    with bind("127.0.0.1:0", False) as listener:
+        assert names_of(listener) == LOOPBACK_NAMES
+    for address in ("localhost:99999", "127.0.0.1:-1", "127.0.0.1", ""):
+        with pytest.raises(BadInput):
+            bind(address, False)
+
+
+def test_help_names_every_command_and_is_quick_to_import():
+    code = (
+        "import sys, joulemark_host.cli; heavy = {'fastapi', 'sqlalchemy', 'vl_convert', 'uvicorn'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
+    assert cli.run(["--help"]) == 0
+
+
+def test_a_child_that_ends_says_what_its_log_said_and_one_that_runs_is_stopped(tmp_path: Path):
+    with Child("agent", ["no-such-command"], tmp_path / "a.log") as child:
+        child._process.wait(30)  # pyright: ignore[reportPrivateUsage]
+        with pytest.raises(EngineFailed, match="no-such-command"):
+            child.check()
+    with Child("host", ["host", "--listen", "127.0.0.1:0", "--data", str(tmp_path)], tmp_path / "h.log") as child:
+        child.check()
+        process = child._process  # pyright: ignore[reportPrivateUsage]
+    assert process.poll() is not None
