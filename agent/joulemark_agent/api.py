@@ -7,7 +7,7 @@ There is no authentication yet: the command line binds to loopback unless told o
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+
 from joulemark import __version__
 from joulemark.errors import BadInput, JoulemarkError, http_status, to_problem
 from joulemark.packs import MAX_PACK_BYTES
@@ -26,7 +28,6 @@ from joulemark_agent.openai_api import create_router
 from joulemark_agent.outbox import Outbox
 from joulemark_agent.pulling import Puller
 from joulemark_agent.store import Store
-from starlette.exceptions import HTTPException
 
 JSON_LIMIT = 1024 * 1024
 
@@ -51,7 +52,7 @@ def create_app(services: Services) -> FastAPI:
     """The application; `services.start` and `stop` frame its life."""
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         services.start()
         yield
         await run_in_threadpool(services.stop)
@@ -185,4 +186,3 @@ def _add_runs(app: FastAPI, services: Services) -> None:
     @app.get("/api/runs/{run_id}/record")
     def record(run_id: str) -> Response:
         return Response(jobs.record(run_id), media_type="application/json")
-

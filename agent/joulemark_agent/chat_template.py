@@ -19,7 +19,9 @@ def render_template(template: str, messages: Sequence[dict[str, str]], special: 
         raise MissingExtra("chat templates need jinja2", "pip install 'joulemark[llama]'") from error
 
     def raise_exception(message: str) -> None:
-        raise BadInput(f"the model's chat template refuses these messages: {message}", "change the roles or their order")
+        raise BadInput(
+            f"the model's chat template refuses these messages: {message}", "change the roles or their order"
+        )
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     try:

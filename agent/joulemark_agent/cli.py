@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from joulemark.errors import BadInput, JoulemarkError, to_problem
 from joulemark_agent.sysfs import Roots
 
@@ -50,7 +51,9 @@ def agent(
     data: Annotated[Path, typer.Option(help="Folder that the agent owns: artifacts, journal, outbox.")] = Path(
         "~/.local/share/joulemark/agent"
     ),
-    listen: Annotated[str, typer.Option(help="Address and port to serve on; port 0 takes a free one.")] = "127.0.0.1:8090",
+    listen: Annotated[
+        str, typer.Option(help="Address and port to serve on; port 0 takes a free one.")
+    ] = "127.0.0.1:8090",
     host_url: Annotated[str | None, typer.Option(help="The host that records go to and artifacts come from.")] = None,
     name: Annotated[str | None, typer.Option(help="What people call this board; default: its host name.")] = None,
     profile: Annotated[str | None, typer.Option(help="Device profile; default: the one that matches.")] = None,
@@ -69,7 +72,11 @@ def agent(
     from joulemark_agent.settings import Settings
 
     settings = Settings(
-        data=data.expanduser(), name=name or platform.node() or "board", host_url=host_url, profile=profile, replay=replay
+        data=data.expanduser(),
+        name=name or platform.node() or "board",
+        host_url=host_url,
+        profile=profile,
+        replay=replay,
     )
     serve(settings, listen, allow_unauthenticated)
 
@@ -79,15 +86,19 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="A GGUF file.")],
     task: Annotated[str, typer.Option(help="Tasks, separated by commas.")] = "arc_challenge,gsm8k_cot",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first documents of each task.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for records and lm-eval files; an interrupted run resumes there.")] = Path(
-        "results"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for records and lm-eval files; an interrupted run resumes there.")
+    ] = Path("results"),
     threads: Annotated[int | None, typer.Option(min=1, help="Engine threads; default: all usable cores.")] = None,
     sequences: Annotated[int, typer.Option(min=1, max=200, help="Answers generated side by side.")] = 16,
     context: Annotated[int | None, typer.Option(min=16, help="Context length; default: the model's own.")] = None,
-    backend: Annotated[str | None, typer.Option(help="Engine; default: the profile's first that opens the file.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Engine; default: the profile's first that opens the file.")
+    ] = None,
     profile: Annotated[str | None, typer.Option(help="Device profile; default: the one that matches.")] = None,
-    replay: Annotated[Path | None, typer.Option(help="Play this recorded trace back as a meter (results say so).")] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="Play this recorded trace back as a meter (results say so).")
+    ] = None,
     idle: Annotated[float, typer.Option(min=0.5, help="Seconds of idle window before the run.")] = 3.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print summaries as JSON instead of a table.")] = False,
 ) -> None:
@@ -141,5 +152,3 @@ def doctor(
     from joulemark_agent.local_view import show_findings
 
     raise typer.Exit(show_findings(Roots(), data.expanduser(), as_json))
-
-

@@ -58,7 +58,8 @@ class Completions:
         """
         if not self._machine.lock.acquire(timeout=LOCK_WAIT_S):
             raise Conflict(
-                "the board is measuring a run and must not be disturbed", "ask again when GET /api/runs shows no running run"
+                "the board is measuring a run and must not be disturbed",
+                "ask again when GET /api/runs shows no running run",
             )
         finished = False
         try:
@@ -122,7 +123,9 @@ class Completions:
         if message is None:
             problem = worker.explain_end()
             raise EngineFailed(
-                problem.message if problem else "the serving worker ended", problem.hint if problem else "", "worker_crashed"
+                problem.message if problem else "the serving worker ended",
+                problem.hint if problem else "",
+                "worker_crashed",
             )
         return message
 

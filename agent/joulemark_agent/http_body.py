@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 from typing import TypeVar
 
 from fastapi import Request
-from joulemark.errors import BadInput
 from pydantic import BaseModel, ValidationError
+
+from joulemark.errors import BadInput
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
@@ -45,6 +46,8 @@ async def read_model(request: Request, model: type[Parsed], limit: int) -> Parse
 
 def too_large(limit: int) -> BadInput:
     """A body over the limit."""
-    error = BadInput(f"the request body is larger than {limit} bytes", "send less, or use the upload endpoint for files")
+    error = BadInput(
+        f"the request body is larger than {limit} bytes", "send less, or use the upload endpoint for files"
+    )
     error.code = "too_large"
     return error

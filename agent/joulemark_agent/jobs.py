@@ -22,6 +22,7 @@ from joulemark.errors import BadInput, JoulemarkError, NotFound, to_problem
 from joulemark.wire import Clock, DeviceFacts, Manifest, Metric, Problem, RunRecord, RunSpec, RunState
 from joulemark_agent import reporting
 from joulemark_agent.journal import Attempt, Journal
+from joulemark_agent.machine import boot_id, memory_field_bytes, usable_cores
 from joulemark_agent.messages import (
     Beat,
     EvaluateJob,
@@ -34,7 +35,6 @@ from joulemark_agent.messages import (
     PhaseEnded,
     PhaseStarted,
 )
-from joulemark_agent.machine import boot_id, memory_field_bytes, usable_cores
 from joulemark_agent.profiles import DeviceProfile
 from joulemark_agent.reporting import FinalStatus, part_of_trace
 from joulemark_agent.sampling import Row, Sampler, open_sensors
@@ -333,7 +333,9 @@ class Jobs:
     def _now(self) -> Clock:
         return Clock(monotonic_s=time.monotonic(), wall_s=time.time(), boot_id=str(boot_id(self._machine.roots)))
 
-    def _build(self, spec: RunSpec, status: FinalStatus, problem: Problem | None, bandwidth: Metric | None) -> RunRecord:
+    def _build(
+        self, spec: RunSpec, status: FinalStatus, problem: Problem | None, bandwidth: Metric | None
+    ) -> RunRecord:
         pack = packs.read(self._library.pack_path(spec.pack_id), spec.pack_id)
         return reporting.build_record(
             self._journal,
@@ -383,5 +385,3 @@ def _hung(message: str) -> Problem:
     return Problem(
         code="worker_hung", message=message, hint="the worker was killed; raise the limit if the board is merely slow"
     )
-
-

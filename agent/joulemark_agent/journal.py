@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +73,7 @@ class Journal:
             self._database.close()
 
     @contextmanager
-    def _change(self) -> Iterator[sqlite3.Connection]:
+    def _change(self) -> Generator[sqlite3.Connection, None, None]:
         with self._lock:
             self._database.execute("BEGIN IMMEDIATE")
             try:
@@ -119,7 +119,8 @@ class Journal:
         status, total, problem = rows[0]
         done = self._rows("SELECT count(*) FROM items WHERE run_id = ?", run_id)[0][0]
         phase = self._rows(
-            "SELECT name FROM phases WHERE run_id = ? AND end_s IS NULL ORDER BY attempt DESC, start_s DESC LIMIT 1", run_id
+            "SELECT name FROM phases WHERE run_id = ? AND end_s IS NULL ORDER BY attempt DESC, start_s DESC LIMIT 1",
+            run_id,
         )
         return RunState(
             run_id=run_id,
@@ -171,7 +172,8 @@ class Journal:
                 "SELECT coalesce(max(attempt), 0) + 1 FROM attempts WHERE run_id = ?", (run_id,)
             ).fetchone()[0]
             database.execute(
-                "INSERT INTO attempts (run_id, attempt, clock) VALUES (?, ?, ?)", (run_id, number, clock.model_dump_json())
+                "INSERT INTO attempts (run_id, attempt, clock) VALUES (?, ?, ?)",
+                (run_id, number, clock.model_dump_json()),
             )
         return int(number)
 
@@ -207,7 +209,8 @@ class Journal:
         """Commit an item. An item that is here already stays as it was first recorded: none is doubled."""
         with self._change() as database:
             database.execute(
-                "INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?)", (run_id, item.doc_id, attempt, item.model_dump_json())
+                "INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?)",
+                (run_id, item.doc_id, attempt, item.model_dump_json()),
             )
 
     def items(self, run_id: str) -> tuple[ItemRecord, ...]:
@@ -222,12 +225,16 @@ class Journal:
     def add_latency(self, run_id: str, attempt: int, number: int, sample: LatencySample) -> None:
         """Commit a latency sample."""
         with self._change() as database:
-            database.execute("INSERT INTO latency VALUES (?, ?, ?, ?)", (run_id, attempt, number, sample.model_dump_json()))
+            database.execute(
+                "INSERT INTO latency VALUES (?, ?, ?, ?)", (run_id, attempt, number, sample.model_dump_json())
+            )
 
     def add_samples(self, run_id: str, attempt: int, chunk: int, rows: Trace) -> None:
         """Keep a part of the trace while the attempt runs, so that a power cut loses seconds, not the trace."""
         with self._change() as database:
-            database.execute("INSERT INTO samples VALUES (?, ?, ?, ?)", (run_id, attempt, chunk, rows.model_dump_json()))
+            database.execute(
+                "INSERT INTO samples VALUES (?, ?, ?, ?)", (run_id, attempt, chunk, rows.model_dump_json())
+            )
 
     def sample_chunks(self, run_id: str, attempt: int) -> tuple[Trace, ...]:
         """The parts of a trace whose attempt never ended."""
@@ -255,9 +262,7 @@ class Journal:
             clock=Clock.model_validate_json(clock),
             problem=Problem.model_validate_json(problem) if problem else None,
             trace=Trace.model_validate_json(trace) if trace else None,
-            phases=tuple(
-                Phase(name=name, start_s=start, end_s=end) for name, start, end in phases if end is not None
-            ),
+            phases=tuple(Phase(name=name, start_s=start, end_s=end) for name, start, end in phases if end is not None),
             open_phase=unfinished[-1] if unfinished else None,
             latency=tuple(LatencySample.model_validate_json(sample[0]) for sample in samples),
         )

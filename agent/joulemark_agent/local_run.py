@@ -70,7 +70,9 @@ def local_machine(roots: Roots, device_id: str, name: str, profile: str | None, 
     )
 
 
-def render_packs(tasks: Sequence[str], cache: Path, folder: Path, progress: Callable[[int, int], None]) -> dict[str, Path]:
+def render_packs(
+    tasks: Sequence[str], cache: Path, folder: Path, progress: Callable[[int, int], None]
+) -> dict[str, Path]:
     """Pack ids and files of the tasks, in order; data sets are fetched into the cache when they are not there."""
     rendered: dict[str, Path] = {}
     for task in tasks:

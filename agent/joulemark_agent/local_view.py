@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from joulemark import lmeval, packs, samples, sources
 from joulemark.comparison import Comparison, compare
@@ -20,10 +25,6 @@ from joulemark.metrics import METRICS
 from joulemark.wire import Absent, Measure, Metric, RunRecord, RunSpec, RunState
 from joulemark_agent import doctor, local_run
 from joulemark_agent.sysfs import Roots
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 # What the table shows, in this order; the record has the rest.
 SHOWN = (
@@ -80,15 +81,19 @@ def _plain(record: RunRecord) -> dict[str, Any]:
 
 
 @contextmanager
-def _downloads(console: Console) -> Iterator[Any]:
+def _downloads(console: Console) -> Generator[Callable[[int, int], None], None, None]:
     columns = (TextColumn("fetching the data sets"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("fetch", total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total or None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total or None)
+
+        yield show
 
 
 @contextmanager
-def _run_bars(console: Console) -> Iterator[Any]:
+def _run_bars(console: Console) -> Generator[Callable[[RunState, str], None], None, None]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -214,13 +219,19 @@ def _samples_file(ours: Path, against: Path) -> Path:
     same = [path for path in found if path.name.removeprefix("samples_").rsplit("_", 1)[0] == task]
     if not same and len(found) != 1:
         raise BadInput(
-            f"{ours} has {len(found)} sample files and none is named for task {task!r}", "name the file instead of the folder"
+            f"{ours} has {len(found)} sample files and none is named for task {task!r}",
+            "name the file instead of the folder",
         )
     return (same or found)[-1]
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------
-_MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[bold red]problem[/]", "unknown": "[dim]unknown[/]"}
+_MARKS = {
+    "ok": "[green]ok[/]",
+    "warning": "[yellow]warning[/]",
+    "problem": "[bold red]problem[/]",
+    "unknown": "[dim]unknown[/]",
+}
 
 
 def show_findings(roots: Roots, data: Path, as_json: bool) -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from joulemark.wire import EngineFacts, ItemRecord, LatencySample, Manifest, Phase, Problem, RunSpec, Wire
 from pydantic import Field, TypeAdapter
+
+from joulemark.wire import EngineFacts, ItemRecord, LatencySample, Manifest, Phase, Problem, RunSpec, Wire
 
 LINE_LIMIT = 16 * 1024 * 1024
 
@@ -134,16 +135,7 @@ class Finished(Wire):
 
 Job = Annotated[EvaluateJob | ServeJob | CompletionJob, Field(discriminator="kind")]
 Message = Annotated[
-    PhaseStarted
-    | PhaseEnded
-    | Loaded
-    | LatencyDone
-    | ItemDone
-    | Beat
-    | Piece
-    | Completed
-    | Failed
-    | Finished,
+    PhaseStarted | PhaseEnded | Loaded | LatencyDone | ItemDone | Beat | Piece | Completed | Failed | Finished,
     Field(discriminator="kind"),
 ]
 

@@ -10,17 +10,19 @@ import json
 import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
 from joulemark.errors import BadInput, JoulemarkError, NotFound, http_status, to_problem
 from joulemark_agent.completions import Completions
 from joulemark_agent.http_body import read_model
 from joulemark_agent.messages import Completed, CompletionJob, Piece
 from joulemark_agent.store import Store
-from pydantic import BaseModel, ConfigDict, Field
 
 BODY_LIMIT = 4 * 1024 * 1024
 DEFAULT_MAX_TOKENS = 16
@@ -101,11 +103,11 @@ def create_router(store: Store, completions: Completions) -> APIRouter:
 
     @router.post("/completions")
     async def complete(request: Request) -> Response:
-        return await _guarded(request, CompletionRequest, lambda body: _Text(store, completions, body))
+        return await _guarded(request, CompletionRequest, partial(_Text, store, completions))
 
     @router.post("/chat/completions")
     async def chat(request: Request) -> Response:
-        return await _guarded(request, ChatRequest, lambda body: _Chat(store, completions, body))
+        return await _guarded(request, ChatRequest, partial(_Chat, store, completions))
 
     return router
 

@@ -233,7 +233,9 @@ def common_prefix(sequences: Iterable[Sequence[int]]) -> int:
     items = list(sequences)
     if len(items) < 2:
         return 0
-    first, last = min(items), max(items)
+    # Tuples, because sequences as such have no order.
+    ordered = sorted(tuple(item) for item in items)
+    first, last = ordered[0], ordered[-1]
     limit = min(len(item) for item in items) - 1
     for position in range(min(limit, len(first), len(last))):
         if first[position] != last[position]:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import httpx
+
 from joulemark.errors import BadInput, JoulemarkError, NotFound, Unavailable, to_problem
 from joulemark.wire import Problem
 from joulemark_agent.store import Store
@@ -91,7 +92,9 @@ class Puller:
         try:
             with client.stream("GET", f"/api/files/{sha256}", headers=headers) as response:
                 if response.status_code == 404:
-                    raise NotFound(f"the host does not have file {sha256[:12]}…", "publish the artifact on the host again")
+                    raise NotFound(
+                        f"the host does not have file {sha256[:12]}…", "publish the artifact on the host again"
+                    )
                 if response.status_code != (206 if offset else 200):
                     raise Unavailable(
                         f"the host answered {response.status_code} for file {sha256[:12]}…", "look at the host's log"

@@ -8,7 +8,7 @@ numbers are never mixed. Says what happens through `emit`; keeps nothing. Not aw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -122,7 +122,7 @@ def evaluate(job: EvaluateJob, around: Surroundings) -> None:
 
 
 @contextmanager
-def _phase(name: PhaseName, around: Surroundings) -> Iterator[None]:
+def _phase(name: PhaseName, around: Surroundings) -> Generator[None, None, None]:
     start = around.clock()
     around.emit(PhaseStarted(name=name, start_s=start))
     yield
@@ -150,10 +150,8 @@ def _measure_latency(session: Session, job: EvaluateJob, items: Sequence[PackIte
 
 
 def _time_stream(session: Session, item: PackItem, new_tokens: int, clock: Callable[[], float]) -> LatencySample:
-    times: list[float] = []
     start = clock()
-    for _token in session.stream(item.prompt, new_tokens, Choice()):
-        times.append(clock())
+    times = [clock() for _token in session.stream(item.prompt, new_tokens, Choice())]
     return LatencySample(
         doc_id=item.doc_id,
         prompt_tokens=session.count_tokens(item.prompt),
@@ -225,4 +223,3 @@ def _generated_record(item: PackItem, generated: Generated, task: ModuleType, no
         finish=generated.finish,
         grade=task.grade(item, Outcome(output=generated.text, choice_logprobs=None)),
     )
-

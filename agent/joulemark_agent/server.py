@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import signal
 import socket
 import sys
 import uuid
 from pathlib import Path
 
 import uvicorn
+
 from joulemark.errors import BadInput, Conflict
 from joulemark.wire import Absent, DeviceFacts
 from joulemark_agent.api import Services, create_app
@@ -42,7 +42,6 @@ def serve(settings: Settings, listen: str, allow_unauthenticated: bool) -> None:
         app, log_level="warning", limit_concurrency=CONNECTION_LIMIT, timeout_keep_alive=5, timeout_graceful_shutdown=5
     )
     server = uvicorn.Server(config)
-    signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
     server.run(sockets=[listener])
 
 
@@ -79,9 +78,7 @@ def assemble(settings: Settings) -> Services:
     store = Store(settings.data / "store")
     journal = Journal(settings.data / "journal.sqlite")
     outbox = Outbox(settings.data / "outbox.sqlite", settings.outbox_bytes, settings.outbox_age_s)
-    machine = local_machine(
-        settings.roots, device_id(settings.data), settings.name, settings.profile, settings.replay
-    )
+    machine = local_machine(settings.roots, device_id(settings.data), settings.name, settings.profile, settings.replay)
     completions = Completions(store, machine, settings.serve_idle_s)
     jobs = Jobs(journal, store, machine, outbox.add, before_run=completions.unload)
     sender = outbox.sender(settings.host_url, paused=jobs.busy)

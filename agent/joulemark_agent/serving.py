@@ -45,5 +45,8 @@ def complete(session: Session, prompt: str, job: CompletionJob) -> Iterator[Mess
             break
     buffer.finish()
     yield Completed(
-        rest=buffer.rest(), finish="stop" if finish == "stop" else "length", prompt_tokens=prompt_tokens, new_tokens=count
+        rest=buffer.rest(),
+        finish="stop" if finish == "stop" else "length",
+        prompt_tokens=prompt_tokens,
+        new_tokens=count,
     )

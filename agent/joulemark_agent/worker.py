@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from pydantic import ValidationError
+
 from joulemark.errors import JoulemarkError, to_problem
 from joulemark.wire import Problem
 from joulemark_agent.backends import Options
@@ -36,10 +38,8 @@ from joulemark_agent.messages import (
 )
 from joulemark_agent.runner import Heart, Surroundings, evaluate, open_backend, verify_model
 from joulemark_agent.serving import answer
-from pydantic import ValidationError
 
 STDERR_TAIL_BYTES = 4000
-STOP_GRACE_S = 2.0
 PR_SET_PDEATHSIG = 1
 FIRST_TO_DIE = "1000"
 
@@ -55,7 +55,7 @@ class Worker:
     def __init__(self, job: EvaluateJob | ServeJob, vmstat: Path = Path("/proc/vmstat")) -> None:
         self._vmstat = vmstat
         self._kills_before = _memory_kills(vmstat)
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
         self._messages: queue.Queue[Message | None] = queue.Queue(maxsize=1000)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "joulemark_agent.worker"],
@@ -119,15 +119,7 @@ class Worker:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-
-    def ask_to_stop(self) -> None:
-        """Let the child end by itself (its standard input closes), then kill what is left."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_GRACE_S)
-        self.stop()
+        self._stderr.close()
 
     def explain_end(self) -> Problem | None:
         """Why the child ended; None when it ended well."""

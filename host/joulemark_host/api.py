@@ -15,14 +15,14 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
-from joulemark import __version__
-from joulemark.errors import JoulemarkError, NotFound, http_status, to_problem
-from joulemark.wire import SCHEMA, Grid, Manifest, Problem
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from joulemark import __version__
+from joulemark.errors import JoulemarkError, NotFound, http_status, to_problem
+from joulemark.wire import SCHEMA, Grid, Manifest, Problem
 from joulemark_host.figures import Figure, draw, grid_csv
 from joulemark_host.intake import spool
 from joulemark_host.page import ONLINE_POLICY, STATIC_TYPES, Choice, error_page, online_page, static

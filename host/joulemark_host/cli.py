@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from joulemark.errors import BadInput, JoulemarkError, NotFound, to_problem
 
 if TYPE_CHECKING:
@@ -101,7 +102,6 @@ def publish(
     Example: joulemark publish model-q4_k_m.gguf arc_challenge gsm8k_cot
     """
     from joulemark import sources
-
     from joulemark_host.publishing import publish_model, publish_task, task_names
     from joulemark_host.terminal import bar
 
@@ -288,7 +288,6 @@ def _console(quiet: bool = False) -> Any:
 
 def _subject(shelf: Shelf, model: str, tasks: str, console: Any) -> Subject:
     from joulemark import sources
-
     from joulemark_host.evaluation import Subject
     from joulemark_host.publishing import publish_model, publish_task, task_names
     from joulemark_host.terminal import bar

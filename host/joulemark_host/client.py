@@ -7,6 +7,7 @@ times are seconds.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
-from joulemark import errors
-from joulemark.errors import BadInput, JoulemarkError, Unavailable
-from joulemark.wire import DeviceFacts, Manifest, Problem, RunSpec, RunState, canonical_json
 from pydantic import BaseModel, ValidationError
 
+from joulemark import errors
+from joulemark.errors import BadInput, JoulemarkError, Unavailable
+from joulemark.wire import DeviceFacts, Manifest, Problem, RunSpec, RunState, Sha256, Wire, canonical_json
+
+LOG = logging.getLogger(__name__)
 Parsed = TypeVar("Parsed", bound=BaseModel)
 BLOCK = 1 << 20
 Progress = Callable[[int, int], None]
@@ -26,6 +29,24 @@ Sleep = Callable[[float], None]
 FINAL = ("done", "failed", "cancelled", "interrupted")
 SILENCE_S = 60.0
 """A run is watched on although the agent does not answer for so long: it may be restarting, and runs survive that."""
+
+
+class _Announced(Wire):
+    artifact_id: Sha256
+    missing: tuple[Sha256, ...]
+
+
+class _FileTransfer(Wire):
+    size_bytes: int
+    received_bytes: int
+
+
+class _Transfer(Wire):
+    """How far a pull is: the answer to GET /api/artifacts/{id}."""
+
+    complete: bool
+    files: tuple[_FileTransfer, ...]
+    problem: Problem | None = None
 
 
 class AgentClient:
@@ -75,8 +96,8 @@ class AgentClient:
         The agent pulls from its own host where it has one; where that does not work the files are uploaded from
         `file(sha256)`. Both resume. Raises what the agent refuses with.
         """
-        answer = self._ask("POST", "/api/artifacts", content=canonical_json(manifest)).json()
-        missing = [str(sha256) for sha256 in answer["missing"]]
+        answer = self._ask("POST", "/api/artifacts", content=canonical_json(manifest)).content
+        missing = _parsed(_Announced, answer).missing
         if missing and not self._pulled(artifact_id, progress):
             total = sum(entry.size_bytes for entry in manifest.files if entry.sha256 in missing)
             before = 0
@@ -129,18 +150,20 @@ class AgentClient:
         except BadInput:  # it has no host
             return False
         while True:
-            status = self._ask("GET", f"/api/artifacts/{artifact_id}").json()
+            status = _parsed(_Transfer, self._ask("GET", f"/api/artifacts/{artifact_id}").content)
             if progress is not None:
-                progress(int(status["bytes_present"]), int(status["bytes_total"]))
-            if status["complete"]:
+                progress(sum(f.received_bytes for f in status.files), sum(f.size_bytes for f in status.files))
+            if status.complete:
                 return True
-            if status.get("problem"):
+            if status.problem is not None:
+                LOG.info("the agent's pull failed, the files are uploaded instead: %s", status.problem.message)
                 return False
             self._sleep(0.2)
 
     def _upload(self, sha256: str, path: Path, before: int, total: int, progress: Progress | None) -> None:
         """Sends the bytes that the agent does not have yet."""
-        offset = int(self._ask("HEAD", f"/api/files/{sha256}").headers.get("Upload-Offset", "0"))
+        said = self._ask("HEAD", f"/api/files/{sha256}").headers.get("Upload-Offset", "0")
+        offset = int(said) if said.isascii() and said.isdigit() else 0
 
         def blocks() -> Iterator[bytes]:
             with path.open("rb") as stream:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from joulemark.errors import BadInput
 from joulemark.metrics import METRICS
 from joulemark.wire import Absent, Cell, Grid, Measure
-
 from joulemark_host.conditions import Difference, differences, most_shared, short
 from joulemark_host.facts import RunFacts
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from joulemark.metrics import METRICS
-
 from joulemark_host.facts import RunFacts
 
 Scope = Literal["grid", "device"]

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from joulemark import sources
-from joulemark.errors import JoulemarkError, Unavailable
 from rich.console import Console
 
+from joulemark import sources
+from joulemark.errors import JoulemarkError, Unavailable
 from joulemark_host import charts, page
 from joulemark_host.client import AgentClient
 from joulemark_host.evaluation import Subject, push, run_task

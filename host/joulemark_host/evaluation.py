@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from joulemark.wire import Manifest, RunSpec, RunState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from joulemark.wire import Manifest, RunSpec, RunState
 from joulemark_host.client import AgentClient
 from joulemark_host.shelf import Shelf
 from joulemark_host.terminal import bar
@@ -49,7 +49,7 @@ def run_task(client: AgentClient, subject: Subject, task: str, options: Mapping[
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         shown = progress.add_task(f"{task}: waiting", total=spec.limit)
 
         def show(state: RunState) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from joulemark.metrics import METRICS
 from joulemark.wire import Cell, Grid, Measure
-
 from joulemark_host.charts import heatmap
 from joulemark_host.compare import build_grid, label_artifacts, label_devices, latest_runs, measured
 from joulemark_host.conditions import most_shared, shared_conditions

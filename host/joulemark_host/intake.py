@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator
 from typing import IO
 
 import anyio
-from joulemark.errors import BadInput, Unavailable
 
+from joulemark.errors import BadInput, Unavailable
 from joulemark_host.records import TooLarge
 
 SPOOL_IN_MEMORY = 256 * 1024

@@ -18,9 +18,9 @@ from typing import Any
 
 import jinja2
 import vl_convert
-from joulemark.metrics import METRICS
 from markupsafe import Markup
 
+from joulemark.metrics import METRICS
 from joulemark_host.charts import CELL_HEIGHT, CELL_WIDTH, GLYPHS
 from joulemark_host.colours import THEMES
 from joulemark_host.figures import Figure

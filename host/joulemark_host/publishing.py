@@ -8,7 +8,6 @@ from pathlib import Path
 from joulemark import documents, packs, plugins, sources
 from joulemark.errors import NotFound
 from joulemark.wire import Manifest
-
 from joulemark_host.shelf import Shelf
 
 Progress = Callable[[int, int], None]

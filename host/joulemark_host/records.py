@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import sqlalchemy as sa
-from joulemark.errors import BadInput, Conflict, NoSpace, NotFound, Unavailable
-from joulemark.wire import SCHEMA, Absent, Measure, Metric, Problem, RunRecord
 from pydantic import ValidationError
 from pydantic_core import from_json
 from sqlalchemy.engine import Connection, RowMapping
 from sqlalchemy.exc import DataError, IntegrityError, OperationalError
 
+from joulemark.errors import BadInput, Conflict, NoSpace, NotFound, Unavailable
+from joulemark.wire import SCHEMA, Absent, Measure, Metric, Problem, RunRecord
 from joulemark_host.facts import FACTS_VERSION, RunFacts, facts_of
 from joulemark_host.tables import METRICS_TABLE, QUARANTINE, RECORDS, open_database
 

@@ -9,6 +9,7 @@ import sys
 
 import uvicorn
 from fastapi import FastAPI
+
 from joulemark.errors import BadInput, Conflict
 
 LOG = logging.getLogger(__name__)

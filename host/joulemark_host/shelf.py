@@ -20,10 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from pydantic import ValidationError
+
 from joulemark import artifact
 from joulemark.errors import BadInput, DigestMismatch, NoSpace, NotFound
 from joulemark.wire import FileEntry, Manifest, TaskPack, canonical_json, content_id
-from pydantic import ValidationError
 
 LOG = logging.getLogger(__name__)
 BLOCK = 1 << 20

@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from joulemark.errors import BadInput, MissingExtra, Unavailable
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
+
+from joulemark.errors import BadInput, MissingExtra, Unavailable
 
 LAYOUT = 1
 METADATA = sa.MetaData()

@@ -9,13 +9,13 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 
-from joulemark.metrics import METRICS
-from joulemark.wire import Absent, Measure, Metric
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from joulemark.metrics import METRICS
+from joulemark.wire import Absent, Measure, Metric
 from joulemark_host.facts import RunFacts, printable
 from joulemark_host.readable import amount, interval, unit_for
 
@@ -107,7 +107,7 @@ def bar(console: Console, title: str) -> Generator[Callable[[int, int], None], N
         TaskProgressColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total or None)
     console.print(Text(f"✓ {printable(title)}"))

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import uvicorn
+
 from joulemark_host.api import create_app
 from joulemark_host.figures import draw
 from joulemark_host.page import offline_page
 from joulemark_host.records import Records
 from joulemark_host.server import bind, names_of
 from joulemark_host.shelf import Shelf
-
 from tests.fixtures.grids import JETSON, LAB, PI, QWEN, SMOL_Q4, SMOL_Q8, fleet, run_facts
 from tests.fixtures.records import make_record, record_bytes
 
@@ -75,7 +75,9 @@ class Visit:
 
     def see(self, url: str, charts: int) -> None:
         self.page.goto(url)
-        self.page.wait_for_function(f"document.querySelectorAll('[data-drawn]').length === {charts}", timeout=30_000)
+        # Locators, not wait_for_function: the page's own policy forbids the eval that the latter polls with.
+        self.page.locator("[data-drawn]").nth(charts - 1).wait_for(timeout=30_000)
+        assert self.page.locator("[data-drawn]").count() == charts
 
     def keep(self, name: str) -> None:
         folder = os.environ.get("JOULEMARK_SCREENSHOTS")
@@ -84,7 +86,7 @@ class Visit:
 
 
 def words(page: Any) -> str:
-    return " ".join(page.locator(".chart").first.locator("text").all_inner_texts())
+    return " ".join(page.locator(".chart").first.locator("text").all_text_contents())
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390)])
@@ -114,9 +116,7 @@ def test_the_single_file_draws_from_disk_without_a_network(browser: Any, tmp_pat
     assert ink == {"light": "#1a2027", "dark": "#e8ecf1"}[scheme]
     visit.page.emulate_media(color_scheme="dark" if scheme == "light" else "light")
     expected = {"light": "#e8ecf1", "dark": "#1a2027"}[scheme]
-    visit.page.wait_for_function(
-        f"[...document.querySelectorAll('.chart text')].some(t => t.getAttribute('fill') === '{expected}')"
-    )
+    visit.page.locator(f".chart text[fill='{expected}']").first.wait_for(state="attached")
     visit.context.close()
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from joulemark.wire import RunRecord
 
+from joulemark.wire import RunRecord
 from tests.fixtures.agent_process import AgentProcess
 from tests.fixtures.records import make_manifest
 from tests.fixtures.small_world import make_files, make_spec
@@ -168,7 +168,11 @@ def test_it_is_light_and_imports_no_engine(shared_agent: AgentProcess) -> None:
 def test_a_port_in_use_is_one_clear_line(shared_agent: AgentProcess, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "joulemark", "agent", "--data", str(tmp_path / "x")]
     second = subprocess.run(
-        [*command, "--listen", f"127.0.0.1:{shared_agent.port}"], capture_output=True, text=True, timeout=30, check=False
+        [*command, "--listen", f"127.0.0.1:{shared_agent.port}"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
     )
     assert second.returncode == 1
     assert "cannot listen on" in second.stderr and "hint:" in second.stderr and "Traceback" not in second.stderr
@@ -183,7 +187,16 @@ def test_it_does_not_serve_strangers(tmp_path: Path) -> None:
 
 def test_a_data_folder_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    command = [sys.executable, "-m", "joulemark", "agent", "--data", str(tmp_path / "file" / "x"), "--listen", "127.0.0.1:0"]
+    command = [
+        sys.executable,
+        "-m",
+        "joulemark",
+        "agent",
+        "--data",
+        str(tmp_path / "file" / "x"),
+        "--listen",
+        "127.0.0.1:0",
+    ]
     refused = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert refused.returncode == 1 and "Traceback" not in refused.stderr and "file" in refused.stderr
 

@@ -82,7 +82,9 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=MODEL, prompt="Once", max_tokens=4, temperature=0, logprobs=3)
     logprobs = answer.choices[0].logprobs
     assert logprobs is not None and logprobs.token_logprobs is not None and logprobs.top_logprobs is not None
-    assert len(logprobs.token_logprobs) == 4 and all(value is not None and value <= 0 for value in logprobs.token_logprobs)
+    assert len(logprobs.token_logprobs) == 4 and all(
+        value is not None and value <= 0 for value in logprobs.token_logprobs
+    )
     assert all(0 < sum(math.exp(value) for value in top.values()) <= 1.0001 for top in logprobs.top_logprobs)
 
 

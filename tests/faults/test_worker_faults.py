@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from joulemark.wire import RunRecord
 from joulemark_agent.jobs import Jobs
 from joulemark_agent.journal import Journal
-
 from tests.fixtures.small_world import make_files, make_machine, make_spec
 
 SIZE = 20

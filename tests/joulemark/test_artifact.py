@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+
 from joulemark import artifact
 from joulemark.errors import BadInput, Conflict, DigestMismatch, ModelRejected, NoSpace, NotFound
 from joulemark.wire import Manifest, canonical_json, content_id
-
 from tests.fixtures import gguf_files
 
 

@@ -13,11 +13,11 @@ import gguf
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from joulemark import gguf_header, sources
 from joulemark.errors import ModelRejected
 from joulemark.gguf_format import TENSOR_TYPES
 from joulemark.gguf_header import ArraySummary, Header, read_header
-
 from tests.fixtures import gguf_files
 
 HOSTILE = gguf_files.hostile()

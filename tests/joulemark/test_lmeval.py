@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from joulemark import comparison, lmeval, packs, samples
 from joulemark.documents import Documents
 from joulemark.errors import BadInput, NotFound, PackRejected
 from joulemark.grading import Outcome
 from joulemark.samples import Sample
 from joulemark.wire import Absent, Dataset, ItemRecord, Problem, RunRecord, TaskPack, content_id
-
 from tests.fixtures.records import make_record
 
 DATASET = Dataset(name="invented", split="test", source="tests", sha256="0" * 64)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from joulemark import packs
 from joulemark.documents import Documents
 from joulemark.errors import NotFound, PackRejected

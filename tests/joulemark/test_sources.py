@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from joulemark import sources
 from joulemark.errors import DigestMismatch, MissingExtra, NoSpace, NotFound, Unavailable
 from joulemark.sources import Source

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.fixtures.boards import BARE, LAPTOP, HandClock, plant, pressure, process
 
 from joulemark.wire import Absent, Measure
 from joulemark_agent import bandwidth, doctor
 from joulemark_agent.doctor import Finding, examine, python_child, to_json
 from joulemark_agent.sysfs import Roots
+from tests.fixtures.boards import BARE, LAPTOP, HandClock, plant, pressure, process
 
 
 @pytest.fixture(autouse=True)

@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from joulemark.errors import BadInput, EngineFailed
 from joulemark_agent.backends import Choice, GenerateRequest, Options, Scored, ScoreRequest
-
 from tests.fixtures.tiny_models import EOS, write_gemma3, write_llama, write_mamba
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make install")
-from joulemark_agent.backends.llamacpp import LlamaSession, open_session  # noqa: E402
+from joulemark_agent.backends.llamacpp import LlamaSession, open_session
 
 WRITERS = {"llama": write_llama, "gemma3 (sliding window)": write_gemma3, "mamba (recurrent)": write_mamba}
 QUESTIONS = [
-    ScoreRequest(index, "Facts. " * 12 + f"Question: how many {'very ' * (index % 5)}long tails? {index}\nAnswer:", choices)
+    ScoreRequest(
+        index, "Facts. " * 12 + f"Question: how many {'very ' * (index % 5)}long tails? {index}\nAnswer:", choices
+    )
     for index, choices in enumerate([(" two", " twenty", " t"), (" none", " nobody"), (" a", " b", " c", " d")] * 6)
 ]
 
@@ -92,7 +94,8 @@ def test_a_question_that_does_not_fit_is_a_problem_of_its_own(model: Path) -> No
 
 def test_batched_generation_equals_one_at_a_time(session: LlamaSession) -> None:
     requests = [
-        GenerateRequest(index, "Once upon a time, in a land far away " + "and " * index, 6 + index) for index in range(9)
+        GenerateRequest(index, "Once upon a time, in a land far away " + "and " * index, 6 + index)
+        for index in range(9)
     ]
     batched = {result.key: result for result in session.generate(requests)}
     for request in requests:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from joulemark_agent.planning import Decode, Extend, Request, Retract, Step, common_prefix, plan
 
 TOKENS = st.integers(0, 3)

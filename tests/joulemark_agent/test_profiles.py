@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.fixtures.boards import BARE, CPUINFO_BIG_LITTLE, CPUINFO_PI5, LAPTOP, plant
 
 from joulemark import __version__
 from joulemark.errors import BadInput, NotFound
 from joulemark.wire import Absent, Channel
 from joulemark_agent import machine, profiles
 from joulemark_agent.profiles import DeviceProfile, MatchRules, load_profiles, match, read_profile
+from tests.fixtures.boards import BARE, CPUINFO_BIG_LITTLE, CPUINFO_PI5, LAPTOP, plant
 
 PI5 = {
     "proc/device-tree/compatible": "raspberrypi,5-model-b\0brcm,bcm2712\0",

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tests.fixtures.boards import BARE, LAPTOP, HandClock, plant, process
 
 from joulemark.errors import BadInput, Conflict, NotFound
 from joulemark.wire import Absent, Channel, Trace
 from joulemark_agent.sampling import Row, Sampler, merge, open_sensors
 from joulemark_agent.sensors import Options, SensorUse, Values
+from tests.fixtures.boards import BARE, LAPTOP, HandClock, plant, process
 
 WATTS = Channel(name="meter", quantity="power", unit="W", source="fake", meaning="wall", total=True)
 HEAT = Channel(name="heat", quantity="temperature", unit="Cel", source="fake")

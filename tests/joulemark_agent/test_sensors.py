@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.fixtures.boards import BARE, LAPTOP, HandClock, cpufreq, plant, pressure, process, zone
-from tests.fixtures.boards import thermal as thermal_files
 
 from joulemark import plugins
 from joulemark.errors import BadInput
@@ -28,6 +26,8 @@ from joulemark_agent.sensors import (
     thermal,
     throttle,
 )
+from tests.fixtures.boards import BARE, LAPTOP, HandClock, cpufreq, plant, pressure, process, zone
+from tests.fixtures.boards import thermal as thermal_files
 
 SENSORS = plugins.names("joulemark_agent.sensors")
 

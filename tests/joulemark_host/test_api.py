@@ -15,6 +15,7 @@ import httpx
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
+
 from joulemark.wire import Grid, Manifest, Problem, canonical_json
 from joulemark_host.api import create_app
 from joulemark_host.intake import Unacceptable, spool
@@ -22,7 +23,6 @@ from joulemark_host.page import ONLINE_POLICY
 from joulemark_host.records import Records, TooLarge
 from joulemark_host.server import bind
 from joulemark_host.shelf import Shelf
-
 from tests.fixtures.gguf_files import llama, whole
 from tests.fixtures.grids import PI, SMOL_Q8
 from tests.fixtures.records import make_pack, make_record, record_bytes

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from joulemark.errors import BadInput, Conflict, EngineFailed
 from joulemark_host import cli
 from joulemark_host.processes import Child
 from joulemark_host.records import Records
 from joulemark_host.server import LOOPBACK_NAMES, bind, names_of
-
 from tests.fixtures.gguf_files import llama, whole
 from tests.fixtures.records import make_device, make_record, record_bytes
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
+
 from joulemark.errors import BadInput, Conflict, NotFound, Unavailable
 from joulemark.wire import FileEntry, Manifest, Problem, RunState, canonical_json, content_id
 from joulemark_host.client import SILENCE_S, AgentClient, error_from
-
 from tests.fixtures.records import digest, make_device, make_manifest, make_record
 
 
@@ -42,7 +42,9 @@ class Agent:
             if self.host and not self.pull_fails:
                 self.stored = self.body[: present + 40]
             problem = {"code": "unavailable", "message": "host gone"} if self.pull_fails else None
-            answer = {"complete": present == len(self.body), "bytes_present": present, "bytes_total": len(self.body)}
+            whole = present == len(self.body)
+            file = {"path": "m.gguf", "sha256": digest("m"), "size_bytes": len(self.body), "received_bytes": present}
+            answer = {"artifact_id": "x", "complete": whole, "files": [{**file, "complete": whole}]}
             return httpx.Response(200, json={**answer, "problem": problem})
         if path.startswith("/api/files/"):
             if request.method == "HEAD":

@@ -9,13 +9,13 @@ import struct
 import zlib
 
 import pytest
+
 from joulemark.metrics import METRICS
 from joulemark.wire import Absent
 from joulemark_host import charts
 from joulemark_host.colours import CIVIDIS, THEMES, contrast, fill_colour, text_colour
 from joulemark_host.figures import draw, grid_csv
 from joulemark_host.readable import amount, number, unit_for
-
 from tests.fixtures.grids import LAB, fleet, run_facts
 
 

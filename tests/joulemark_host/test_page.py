@@ -9,9 +9,9 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+
 from joulemark_host.figures import draw
 from joulemark_host.page import Choice, offline_page, online_page, script_json, static
-
 from tests.fixtures.grids import LAB, fleet, run_facts
 
 HOSTILE = [

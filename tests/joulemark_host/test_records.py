@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from joulemark.errors import BadInput, Conflict, NotFound, Unavailable
 from joulemark.metrics import METRICS
 from joulemark.wire import Absent, Measure, Summary
 from joulemark_host import records as module
 from joulemark_host.facts import facts_of
 from joulemark_host.records import QUARANTINE_PER_RUN, Records, TooLarge, parse_record
-
 from tests.fixtures.records import make_record, make_summary, record_bytes
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from joulemark.errors import BadInput, DigestMismatch, ModelRejected, NoSpace, NotFound
 from joulemark.wire import canonical_json, content_id
 from joulemark_host import shelf as module
 from joulemark_host.shelf import Shelf
-
 from tests.fixtures.gguf_files import llama, whole
 from tests.fixtures.records import make_pack
 

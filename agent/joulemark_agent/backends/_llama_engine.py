@@ -17,7 +17,9 @@ from typing import Any
 from joulemark.errors import EngineFailed, MissingExtra
 from joulemark_agent.backends import do_nothing
 
-INSTALL_HINT = "install it with: pip install 'joulemark[llama]' (or `make install`, which builds it once and keeps the wheel)"
+INSTALL_HINT = (
+    "install it with: pip install 'joulemark[llama]' (or `make install`, which builds it once and keeps the wheel)"
+)
 LOG_LINES_KEPT = 40
 
 
@@ -124,7 +126,8 @@ class Model:
         count = self.llama.llama_tokenize(self._vocabulary, raw, len(raw), tokens, capacity, False, True)
         if count < 0:
             raise EngineFailed(
-                f"the tokenizer refused a text of {len(raw)} bytes", "the model's tokenizer may be damaged: check its sha256"
+                f"the tokenizer refused a text of {len(raw)} bytes",
+                "the model's tokenizer may be damaged: check its sha256",
             )
         body = list(tokens[:count])
         return [self._bos, *body] if self._adds_bos else body
@@ -140,7 +143,9 @@ class Model:
     def special_text(self) -> dict[str, str]:
         """The texts of BOS and EOS, which chat templates may ask for."""
         ids = {"bos_token": self._bos, "eos_token": self.llama.llama_vocab_eos(self._vocabulary)}
-        texts = {name: self.llama.llama_vocab_get_text(self._vocabulary, token) for name, token in ids.items() if token >= 0}
+        texts = {
+            name: self.llama.llama_vocab_get_text(self._vocabulary, token) for name, token in ids.items() if token >= 0
+        }
         return {name: (text or b"").decode(errors="replace") for name, text in texts.items()}
 
     def is_end(self, token: int) -> bool:
@@ -156,7 +161,15 @@ class Model:
 class Context:
     """Key-value memory and compute buffers for `cells` positions and `sequences` sequences that share one memory."""
 
-    def __init__(self, model: Model, cells: int, sequences: int, batch_tokens: int, threads: int, beat: Callable[[], None] = do_nothing) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cells: int,
+        sequences: int,
+        batch_tokens: int,
+        threads: int,
+        beat: Callable[[], None] = do_nothing,
+    ) -> None:
         llama = model.llama
         self._numpy = import_numpy()
         parameters = llama.llama_context_default_params()

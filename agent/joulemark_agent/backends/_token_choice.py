@@ -44,4 +44,6 @@ class TokenChooser:
         # The nucleus is the shortest head whose probability reaches top_p; it always holds at least one token.
         kept = int(numpy.searchsorted(cumulative, min(self._choice.top_p, 1.0) * cumulative[-1])) + 1
         head = cumulative[: min(kept, len(cumulative))]
-        return int(order[int(numpy.searchsorted(head, self._random.random() * head[-1], side="right").clip(0, len(head) - 1))])
+        return int(
+            order[int(numpy.searchsorted(head, self._random.random() * head[-1], side="right").clip(0, len(head) - 1))]
+        )

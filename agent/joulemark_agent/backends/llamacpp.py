@@ -104,7 +104,9 @@ class LlamaSession:
                 cells, sequences = max(cells, context.cells), max(sequences, context.sequences)
                 context.close()
                 self._context = None
-            context = Context(self._model, cells, sequences, self._options.batch_tokens, self._options.threads, self._options.beat)
+            context = Context(
+                self._model, cells, sequences, self._options.batch_tokens, self._options.threads, self._options.beat
+            )
             self._context = context
         context.reset()
         return context
@@ -279,7 +281,9 @@ class LlamaSession:
         if prefix:
             for sequence in admitted:
                 context.copy(0, sequence)
-        return self._feed(context, [(sequence, slot.tokens[prefix:], prefix, True) for sequence, slot in admitted.items()])
+        return self._feed(
+            context, [(sequence, slot.tokens[prefix:], prefix, True) for sequence, slot in admitted.items()]
+        )
 
     def _feed(self, context: Context, parts: Sequence[tuple[int, Sequence[int], int, bool]]) -> dict[int, int]:
         """Decode (sequence, tokens, first position, wants an answer) parts in full batches; the arg max after each part that wants one."""
@@ -368,7 +372,9 @@ class LlamaSession:
         """The conversation as prompt text by the model's own template, rendered in jinja2's immutable sandbox."""
         template = self._model.metadata("tokenizer.chat_template")
         if template is None:
-            raise BadInput("this model has no chat template", "use /v1/completions, or export the model with its chat template")
+            raise BadInput(
+                "this model has no chat template", "use /v1/completions, or export the model with its chat template"
+            )
         return render_template(template, messages, self._model.special_text())
 
 

@@ -7,10 +7,10 @@ import json
 import zipfile
 
 import pytest
+
 from joulemark import packs, plugins, sources
 from joulemark.errors import NotFound
 from joulemark.wire import Absent
-
 from tests.fixtures import task_data
 
 GSM8K_TASK_HASH = "2330f4ebfcccaf66a892922df2819cdb1f118e448d076d3f42bdde4177678ac7"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from joulemark import packs, plugins
 from joulemark.errors import BadInput
 from joulemark.grading import Outcome

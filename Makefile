@@ -1,0 +1,49 @@
+# The two commands of the README, and what they are made of. Everything lands in .venv; nothing outside it is changed except the
+# user's cache (built engine, fetched data), so that a second set-up takes seconds.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := agent host deploy tests
+
+.PHONY: demo test bench install install-test lint types imports clean
+
+demo: $(VENV)/.installed
+	$(BIN)/joulemark demo --out demo-output
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m tests.bench
+
+install: $(VENV)/.installed
+install-test: $(VENV)/.installed-test
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml deploy/build_engine.py deploy/engine_only.cmake | $(BIN)/python
+	$(BIN)/python deploy/build_engine.py
+	@echo "installing joulemark and what it needs (a minute at most)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[agent,llama,host]'
+	@touch $@
+
+# torch is named with its exact version: the newest one is a build of several gigabytes for graphics cards.
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "installing what the tests need (torch and transformers for the comparison: a few minutes)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[agent,llama,host,test]'
+	@touch $@
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: $(VENV)/.installed-test
+	$(BIN)/pyright
+
+imports: $(VENV)/.installed-test
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) demo-output build dist

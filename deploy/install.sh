@@ -1,0 +1,225 @@
+#!/bin/sh
+# Installs the Joulemark agent as a service on a plain Linux machine: a user, a virtual environment in /opt/joulemark, data in
+# /var/lib/joulemark, options in /etc/joulemark/agent.env, a systemd unit, and the permission to read the processor's energy
+# counters. Run it again to update: options and data stay as they are. See --help.
+set -eu
+umask 022
+
+user=joulemark
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+
+dry_run=no
+action=install
+purge=no
+engine=yes
+start=yes
+source=$(dirname -- "$here")
+python=python3
+host_url=
+listen=
+device=
+
+program=/opt/joulemark
+data=/var/lib/joulemark
+cache=/var/cache/joulemark
+options=/etc/joulemark/agent.env
+unit=/etc/systemd/system/joulemark-agent.service
+rule=/etc/udev/rules.d/99-joulemark-powercap.rules
+
+usage() {
+    cat <<'TEXT'
+usage: deploy/install.sh [options]
+
+  --dry-run          print what would be done, change nothing (needs no root)
+  --uninstall        remove service, rule and program; keep data and options
+  --purge            with --uninstall: remove data, options and the user too
+  --wheel FILE       install this joulemark wheel instead of the checkout beside this script
+  --python PROGRAM   the Python to use, 3.10 or newer (default: python3)
+  --host-url URL     the host that records go to, for example http://192.168.1.10:8080
+  --listen ADDRESS   address and port to serve on (default: 127.0.0.1:8090)
+  --name NAME        what people call this board (default: its host name)
+  --no-engine        leave the llama.cpp engine out (no C++ compiler needed)
+  --no-start         do not start the service now
+  --help             this text
+TEXT
+}
+
+say() { printf '%s\n' "$*"; }
+
+fail() {
+    printf 'install.sh: %s\n' "$1" >&2
+    if [ $# -gt 1 ]; then printf '  hint: %s\n' "$2" >&2; fi
+    exit 1
+}
+
+run() {
+    if [ "$dry_run" = yes ]; then
+        say "would run: $*"
+    else
+        "$@"
+    fi
+}
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+systemd_runs() { [ -d /run/systemd/system ] && have systemctl; }
+
+# Called with what is left of the command line: an option and its value.
+need_value() {
+    if [ $# -lt 2 ] || [ -z "$2" ]; then fail "$1 needs a value" "see --help"; fi
+    # The agent's options end up on one line of a systemd environment file, where these characters cannot be kept apart.
+    case $1:$2 in
+        --wheel:* | --python:*) ;;
+        *[[:space:]\'\"\\\$]*) fail "$1: $2 has a space, a quote, a backslash or a dollar sign" "use a value without them" ;;
+    esac
+}
+
+read_options() {
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --dry-run) dry_run=yes ;;
+            --uninstall) action=uninstall ;;
+            --purge) purge=yes ;;
+            --no-engine) engine=no ;;
+            --no-start) start=no ;;
+            --help | -h) usage && exit 0 ;;
+            --wheel) need_value "$@" && source=$2 && shift ;;
+            --python) need_value "$@" && python=$2 && shift ;;
+            --host-url) need_value "$@" && host_url=$2 && shift ;;
+            --listen) need_value "$@" && listen=$2 && shift ;;
+            --name) need_value "$@" && device=$2 && shift ;;
+            *) fail "unknown option $1" "see --help" ;;
+        esac
+        shift
+    done
+}
+
+check() {
+    [ "$(uname -s)" = Linux ] || fail "this script is for Linux" "on other systems: pip install 'joulemark[agent,llama]'"
+    if [ "$dry_run" = no ] && [ "$(id -u)" != 0 ]; then
+        fail "root is needed to install a service" "run it with sudo, or look first with --dry-run"
+    fi
+    if [ "$purge" = yes ] && [ "$action" != uninstall ]; then
+        fail "--purge belongs to --uninstall" "say both to remove everything, data included"
+    fi
+}
+
+check_for_install() {
+    have "$python" || fail "$python was not found" "install Python 3.10 or newer, or name one with --python"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+        || fail "$python is older than 3.10" "name a newer one with --python"
+    "$python" -c 'import ensurepip, venv' 2>/dev/null \
+        || fail "$python cannot make virtual environments" "on Debian and Ubuntu: apt-get install python3-venv"
+    if [ "$engine" = yes ] && ! have c++ && ! have g++ && ! have clang++; then
+        fail "no C++ compiler was found, and the engine must be built" \
+            "on Debian and Ubuntu: apt-get install g++; or leave the engine out with --no-engine"
+    fi
+    case $source in
+        *.whl) [ -f "$source" ] || fail "$source does not exist" "give the path of a joulemark wheel" ;;
+        *) [ -f "$source/pyproject.toml" ] || fail "$source is no wheel and no checkout" "give a wheel with --wheel FILE.whl" ;;
+    esac
+    if [ -d "$program" ] && [ ! -e "$program/pyvenv.cfg" ] && [ -n "$(ls -A "$program")" ]; then
+        fail "$program is there and is no virtual environment" "move it away: this script would overwrite it"
+    fi
+}
+
+make_user() {
+    if ! getent passwd "$user" >/dev/null; then
+        run useradd --system --user-group --home-dir "$data" --no-create-home --shell /usr/sbin/nologin "$user"
+    fi
+}
+
+install_program() {
+    if [ ! -x "$program/bin/python" ]; then run "$python" -m venv "$program"; fi
+    pip="$program/bin/python -m pip --disable-pip-version-check install --quiet"
+    extras=agent
+    if [ "$engine" = yes ]; then
+        extras=agent,llama
+        run mkdir -p "$cache"
+        # Before the package, which then finds the engine installed: pip alone would build parts that nobody loads.
+        run "$program/bin/python" "$here/build_engine.py" --cache "$cache"
+    fi
+    # shellcheck disable=SC2086 # $pip is a command with its options
+    run $pip --upgrade "${source}[$extras]"
+    # shellcheck disable=SC2086 # the same version may hold other files
+    run $pip --force-reinstall --no-deps "$source"
+}
+
+install_data_folder() {
+    run install -d -m 0700 -o "$user" -g "$user" "$data"
+}
+
+install_options() {
+    line=
+    if [ -n "$host_url" ]; then line="$line --host-url $host_url"; fi
+    if [ -n "$listen" ]; then line="$line --listen $listen"; fi
+    if [ -n "$device" ]; then line="$line --name $device"; fi
+    if [ -e "$options" ] && [ -z "$line" ]; then
+        say "kept: $options"
+    elif [ "$dry_run" = yes ]; then
+        say "would write $options: JOULEMARK_OPTIONS=\"${line# }\""
+    else
+        install -d -m 0755 "$(dirname -- "$options")"
+        printf '# Options of "joulemark agent"; after a change: systemctl restart joulemark-agent\nJOULEMARK_OPTIONS="%s"\n' \
+            "${line# }" >"$options.new"
+        mv -f "$options.new" "$options"
+        say "written: $options"
+    fi
+}
+
+install_service() {
+    run install -D -m 0644 "$here/joulemark-agent.service" "$unit"
+    run install -D -m 0644 "$here/99-joulemark-powercap.rules" "$rule"
+    if have udevadm && [ -d /sys/class/powercap ]; then
+        run udevadm control --reload
+        run udevadm trigger --action=change --subsystem-match=powercap
+        run udevadm settle --timeout=10
+    fi
+    if ! systemd_runs; then
+        say "systemd does not run here: start it with $program/bin/joulemark agent --data $data"
+        return
+    fi
+    run systemctl daemon-reload
+    run systemctl enable --quiet joulemark-agent.service
+    if [ "$start" = yes ]; then run systemctl restart joulemark-agent.service; fi
+}
+
+do_install() {
+    check_for_install
+    make_user
+    install_program
+    install_data_folder
+    install_options
+    install_service
+    [ "$dry_run" = yes ] || say "installed. What this machine has: sudo -u $user $program/bin/joulemark doctor"
+}
+
+# The counters go back to root alone. Without the user nobody could name the group any more.
+close_counters() {
+    for counter in /sys/class/powercap/*/energy_uj; do
+        if [ -e "$counter" ]; then
+            run chgrp root "$counter"
+            run chmod 0400 "$counter"
+        fi
+    done
+}
+
+do_uninstall() {
+    if systemd_runs && [ -e "$unit" ]; then run systemctl disable --quiet --now joulemark-agent.service; fi
+    run rm -f "$unit" "$rule"
+    if systemd_runs; then run systemctl daemon-reload; fi
+    if have udevadm; then run udevadm control --reload; fi
+    close_counters
+    if [ -e "$program/pyvenv.cfg" ]; then run rm -rf "$program"; fi
+    run rm -rf "$cache"
+    if [ "$purge" = no ]; then
+        say "kept: $data and $options (remove them with --uninstall --purge)"
+        return
+    fi
+    run rm -rf "$data" "$(dirname -- "$options")"
+    if getent passwd "$user" >/dev/null; then run userdel "$user"; fi
+}
+
+read_options "$@"
+check
+"do_$action"
