@@ -14,7 +14,8 @@ purge=no
 engine=yes
 start=yes
 source=$(dirname -- "$here")
-python=python3
+# The system's own: one in a home folder (pyenv, conda) is out of the service's reach.
+python=/usr/bin/python3
 host_url=
 listen=
 device=
@@ -34,7 +35,7 @@ usage: deploy/install.sh [options]
   --uninstall        remove service, rule and program; keep data and options
   --purge            with --uninstall: remove data, options and the user too
   --wheel FILE       install this joulemark wheel instead of the checkout beside this script
-  --python PROGRAM   the Python to use, 3.10 or newer (default: python3)
+  --python PROGRAM   the Python to use, 3.10 or newer, outside home folders (default: /usr/bin/python3)
   --host-url URL     the host that records go to, for example http://192.168.1.10:8080
   --listen ADDRESS   address and port to serve on (default: 127.0.0.1:8090)
   --name NAME        what people call this board (default: its host name)
@@ -110,6 +111,10 @@ check_for_install() {
         || fail "$python is older than 3.10" "name a newer one with --python"
     "$python" -c 'import ensurepip, venv' 2>/dev/null \
         || fail "$python cannot make virtual environments" "on Debian and Ubuntu: apt-get install python3-venv"
+    case $("$python" -c 'import os, sys; print(os.path.realpath(sys.base_prefix))') in
+        /root/* | /home/* | /run/user/*)
+            fail "$python lives in a home folder, where the service cannot reach it" "name another one with --python" ;;
+    esac
     if [ "$engine" = yes ] && ! have c++ && ! have g++ && ! have clang++; then
         fail "no C++ compiler was found, and the engine must be built" \
             "on Debian and Ubuntu: apt-get install g++; or leave the engine out with --no-engine"

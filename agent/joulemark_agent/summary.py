@@ -10,7 +10,7 @@ accuracy phase only. A figure says its n; a tail percentile that n cannot suppor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from joulemark.metrics import METRICS
@@ -43,10 +43,11 @@ class _Run:
     counted: Tally
     task: TaskFacts | Absent
     meter: Meter | Absent
-    energy: dict[str, Energy | Absent]
+    energy: Mapping[str, Energy | Absent]
 
-    def windows(self, name: str) -> list[Phase]:
-        return [phase for phase in self.record.phases if phase.name == name]
+
+def _windows(record: RunRecord, name: str) -> list[Phase]:
+    return [phase for phase in record.phases if phase.name == name]
 
 
 def summarise(record: RunRecord, limits: Limits | None = None) -> tuple[Summary, Verdict]:
@@ -56,8 +57,8 @@ def summarise(record: RunRecord, limits: Limits | None = None) -> tuple[Summary,
     for a record that passed validation: what cannot be computed is Absent with the reason.
     """
     meter = find_meter(record.trace)
-    run = _Run(record, tally(record), task_facts(record.pack.task), meter, {})
-    run.energy.update((name, energy_of(meter, run.windows(name))) for name in ("idle", "latency", "accuracy"))
+    energy = {name: energy_of(meter, _windows(record, name)) for name in ("idle", "latency", "accuracy")}
+    run = _Run(record, tally(record), task_facts(record.pack.task), meter, energy)
     latency = latency_metrics(record.latency)
     metrics = {
         **_accuracy(run),
@@ -103,7 +104,7 @@ def _truncated(record: RunRecord) -> Metric:
 
 # --- speed and time ---------------------------------------------------------------------------------------------------
 def _throughput(run: _Run, decode: Metric) -> dict[str, Metric]:
-    loads = [phase.end_s - phase.start_s for phase in run.windows("load")]
+    loads = [phase.end_s - phase.start_s for phase in _windows(run.record, "load")]
     return {
         "items_rate": _items_rate(run),
         "wall_time": _wall_time(run),
@@ -119,14 +120,14 @@ def _inside(time_s: float, windows: Sequence[Phase]) -> bool:
 def _strays(run: _Run) -> str | None:
     """What is wrong when items were answered outside the recorded windows of the accuracy phase (before a crash)."""
     items = first_of_each(run.record.items)
-    outside = sum(not _inside(item.end_s, run.windows("accuracy")) for item in items)
+    outside = sum(not _inside(item.end_s, _windows(run.record, "accuracy")) for item in items)
     if not outside:
         return None
     return f"{outside} of {len(items)} items were answered outside the recorded windows of the accuracy phase"
 
 
 def _items_rate(run: _Run) -> Metric:
-    windows = run.windows("accuracy")
+    windows = _windows(run.record, "accuracy")
     duration_s = sum(window.end_s - window.start_s for window in windows)
     inside: list[ItemRecord] = [item for item in first_of_each(run.record.items) if _inside(item.end_s, windows)]
     if not inside or duration_s <= 0:
@@ -141,7 +142,7 @@ def _items_rate(run: _Run) -> Metric:
 
 
 def _wall_time(run: _Run) -> Metric:
-    windows = run.windows("accuracy")
+    windows = _windows(run.record, "accuracy")
     if not windows:
         return Absent(reason="the run has no accuracy phase")
     strays = _strays(run)
@@ -238,7 +239,7 @@ def _net(energy: Energy | Absent, idle: Energy | Absent, meter: Meter | Absent) 
 
 def _per_token(run: _Run) -> Metric:
     """Over the windows that hold samples: an attempt that crashed in its latency phase left energy but no tokens."""
-    windows = run.windows("latency")
+    windows = _windows(run.record, "latency")
     complete = [sample for sample in run.record.latency if sample.token_times_s]
     outside = sum(not (_inside(s.start_s, windows) and _inside(s.token_times_s[-1], windows)) for s in complete)
     if outside:

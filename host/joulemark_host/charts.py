@@ -20,6 +20,8 @@ from joulemark_host.readable import TITLES, Unit, amount, explanation, grid_unit
 CELL_WIDTH = 168
 CELL_HEIGHT = 76
 GAP = 4
+LABEL_WIDTH = 230
+PICTURE_WIDTH = 1280
 GLYPHS: Mapping[str, str] = {
     "failed": "M-6,-6L6,6M-6,6L6,-6",
     "unsupported": "M-7,0A7,7,0,1,1,7,0A7,7,0,1,1,-7,0M-5,5L5,-5",
@@ -62,7 +64,7 @@ def heatmap(grid: Grid, theme: str = "light") -> dict[str, Any]:
         "params": [{"name": name, "value": value} for name, value in THEMES[theme].items()],
         "title": {
             "text": METRICS[grid.metric].title.capitalize(),
-            "subtitle": f"{grid.task}, device × model",
+            "subtitle": _subtitle(grid, one_value=_one_value(rows)),
             "anchor": "start",
             "color": _themed("ink"),
             "subtitleColor": _themed("muted"),
@@ -78,19 +80,27 @@ def heatmap(grid: Grid, theme: str = "light") -> dict[str, Any]:
     }
 
 
+def _subtitle(grid: Grid, one_value: bool) -> str:
+    """The task, and what the legend would have said where a single value makes a colour scale pointless."""
+    better = METRICS[grid.metric].better
+    return f"{grid.task}, {better} is better" if one_value and better else f"{grid.task}, device × model"
+
+
 def png(definitions: Sequence[Mapping[str, Any]], scale: float = 2.0) -> bytes:
-    """One picture of all definitions, below each other, each with its own scale; `scale` is its pixels per pixel."""
+    """One picture of all definitions, each with its own colours; `scale` is its pixels per pixel."""
     return vl_convert.vegalite_to_png(stack(definitions), scale=scale)
 
 
 def stack(definitions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One definition that shows all of `definitions`; settings that only the outermost may have move there."""
+    """One definition of all, as many beside each other as fit; settings that only the outermost may have move there."""
     first = dict(definitions[0])
     if len(definitions) == 1:
         return first
     outer = {name: first[name] for name in ("background", "config", "params")}
     inner = [{key: value for key, value in one.items() if key not in outer} for one in definitions]
-    return {**outer, "vconcat": inner, "spacing": 36, "resolve": {"scale": {"color": "independent"}}}
+    widest = max(len(one["encoding"]["x"]["sort"]) for one in definitions) * CELL_WIDTH + LABEL_WIDTH
+    columns = max(1, PICTURE_WIDTH // widest)
+    return {**outer, "concat": inner, "columns": columns, "spacing": 36, "resolve": {"scale": {"color": "independent"}}}
 
 
 def _row(cell: Cell, grid: Grid, unit: Unit) -> dict[str, Any]:
@@ -139,6 +149,10 @@ def _domain(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
         margin = abs(low) * 0.1 or 1.0
         return low - margin, high + margin
     return low, high
+
+
+def _one_value(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return len({row["shown"] for row in rows if row["shown"] is not None}) == 1
 
 
 def _with_text_colours(
@@ -202,7 +216,8 @@ def _backgrounds(
     if any(row["shown"] is not None for row in rows):
         colours = CIVIDIS if _brighter_is_more(grid) else CIVIDIS[::-1]
         scale = {"domain": list(domain), "range": list(colours), "clamp": True}
-        colour = {"field": "shown", "type": "quantitative", "scale": scale, "legend": _legend(grid, unit)}
+        legend = None if _one_value(rows) else _legend(grid, unit)
+        colour = {"field": "shown", "type": "quantitative", "scale": scale, "legend": legend}
         layers.append(_layer(FILLED, {"type": "rect"}, color=colour))
     return layers
 

@@ -100,8 +100,15 @@ def label_devices(records: Iterable[RunFacts]) -> tuple[Entry, ...]:
 
 def label_artifacts(names: Mapping[str, tuple[str, str]]) -> tuple[Entry, ...]:
     """A column per artifact from `{artifact id: (model, quantization)}`; equal labels get the start of their id too."""
-    labels = {artifact_id: f"{model} · {quantization}" for artifact_id, (model, quantization) in names.items()}
+    labels = {artifact_id: artifact_label(model, quantization) for artifact_id, (model, quantization) in names.items()}
     return _entries(labels, lambda label, artifact_id: f"{label} ({artifact_id[:12]})")
+
+
+def artifact_label(model: str, quantization: str) -> str:
+    """`model · quantization`; a quantization that the name ends with, as file names do, is said once."""
+    if model.casefold().endswith(quantization.casefold()):
+        model = model[: -len(quantization)].rstrip("-._") or model
+    return f"{model} · {quantization}"
 
 
 def _entries(labels: Mapping[str, str], distinguish: Callable[[str, str], str]) -> tuple[Entry, ...]:

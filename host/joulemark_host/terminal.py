@@ -16,6 +16,7 @@ from rich.text import Text
 
 from joulemark.metrics import METRICS
 from joulemark.wire import Absent, Measure, Metric
+from joulemark_host.compare import artifact_label
 from joulemark_host.facts import RunFacts, printable
 from joulemark_host.readable import amount, interval, unit_for
 
@@ -41,10 +42,13 @@ SHOWN_METRICS = (
 
 def result_table(runs: Sequence[RunFacts]) -> Table:
     """One column a run, one row a figure, with intervals; figures that no run has are left to `absences`."""
-    table = Table(title=None, header_style="bold", show_lines=False)
+    models = {artifact_label(run.model, run.quantization) for run in runs}
+    boards = {run.device_name for run in runs}
+    table = Table(title=Text(f"{' / '.join(sorted(models))} on {' / '.join(sorted(boards))}"), header_style="bold")
     table.add_column("figure")
     for run in runs:
-        table.add_column(Text(f"{run.task}\n{run.model} {run.quantization}"), justify="right", overflow="fold")
+        model = f"\n{artifact_label(run.model, run.quantization)}" if len(models) > 1 else ""
+        table.add_column(Text(run.task + model), justify="right", overflow="fold")
     for name in SHOWN_METRICS:
         metrics = [run.metrics.get(name) for run in runs]
         if any(isinstance(metric, Measure) for metric in metrics):
@@ -118,7 +122,7 @@ def _figure(metric: Metric | None, unit: str) -> Text:
         return Text("–")
     shown = unit_for(unit, [metric.value])
     spread = interval(metric, shown).removesuffix(f" {shown.symbol}")
-    return Text(amount(metric.value, shown) + (f"  ({spread})" if spread else ""))
+    return Text(amount(metric.value, shown) + (f" ({spread.replace(' – ', '–')})" if spread else ""))
 
 
 def _verdict(run: RunFacts) -> Text:

@@ -6,12 +6,12 @@ import ctypes
 from pathlib import Path
 
 import pytest
-from tests.fixtures.boards import BARE, plant
 
 from joulemark.wire import Absent, Measure
 from joulemark_agent import bandwidth
 from joulemark_agent.bandwidth import Plan, figure, last_level_cache_bytes, parse_size, plan
 from joulemark_agent.sysfs import Roots
+from tests.fixtures.boards import BARE, plant
 
 MIB = 1024 * 1024
 

@@ -277,7 +277,7 @@ def test_packages_are_summed_and_parts_are_not() -> None:
     record = metered(meter("package-0", 10), meter("package-1", 6, quantity="energy"), meter("core", 7, total=False))
     energy = figure(record, "energy_latency")
     assert energy.value == pytest.approx(80)
-    assert energy.source.startswith("package-0 + package-1 (package; ")
+    assert energy.source.startswith("package-0 of test + package-1 of test (package; ")
     assert "trapezoid" in energy.source
     assert "counter" in energy.source
 
@@ -286,7 +286,7 @@ def test_a_wall_meter_is_preferred_to_the_package() -> None:
     record = metered(meter("package-0", 10), meter("wall", 30, meaning="wall"))
     energy = figure(record, "energy_latency")
     assert energy.value == pytest.approx(150)
-    assert "wall (wall" in energy.source
+    assert "wall of test (wall;" in energy.source
 
 
 @given(st.sets(st.sampled_from(MEANINGS), min_size=1))

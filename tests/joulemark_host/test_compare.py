@@ -183,6 +183,20 @@ def test_unknown_metric_and_doubled_labels_are_refused():
         build_grid([], "accuracy", "arc_challenge", [Entry("a", "x"), Entry("b", "x")], [])
 
 
+def test_a_quantization_in_the_name_is_said_once():
+    names = {
+        "1" * 64: ("m-q4_k_m", "Q4_K_M"),
+        "2" * 64: ("m", "Q8_0"),
+        "3" * 64: ("Q8_0", "Q8_0"),
+        "4" * 64: ("m", "Q4_K_M"),
+    }
+    labels = {entry.id[0]: entry.label for entry in label_artifacts(names)}
+    assert labels["2"] == "m · Q8_0"
+    assert labels["3"] == "Q8_0 · Q8_0"
+    assert labels["1"] == "m · Q4_K_M (111111111111)"
+    assert labels["4"] == "m · Q4_K_M (444444444444)"
+
+
 def test_labels_are_unique_even_when_a_name_imitates_another():
     names = ["pi", "pi", "pi (dev-a)", "other"]
     runs = [

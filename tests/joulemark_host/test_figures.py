@@ -115,12 +115,14 @@ def test_the_definition_fits_the_schema_of_vega_lite():
     chart = draw(fleet(), "decode_rate", "arc_challenge").chart
     altair.LayerChart.from_dict(chart)
     two = charts.stack([chart or {}, draw(fleet(), "accuracy", "arc_challenge").chart or {}])
-    altair.VConcatChart.from_dict(two)
+    altair.ConcatChart.from_dict(two)
 
 
 def test_one_value_gets_the_middle_colour_and_no_value_no_scale():
     figure = draw([run_facts(1, figures={"accuracy": 0.4})], "accuracy", "arc_challenge")
     assert '"domain": [36.0, 44.0]' in json.dumps(figure.chart)
+    assert '"legend": null' in json.dumps(figure.chart)  # a scale of one value would say nothing
+    assert "arc_challenge, higher is better" in json.dumps(figure.chart)
     figure = draw([run_facts(1, figures={"accuracy": Absent(reason="no items")})], "accuracy", "arc_challenge")
     assert '"scale": {"domain"' not in json.dumps(figure.chart)
     assert charts.png([figure.chart or {}])[:8] == b"\x89PNG\r\n\x1a\n"

@@ -22,7 +22,7 @@ _PLAUSIBLE_C = (-100.0, 250.0)
 class _Zone:
     def __init__(self, folder: Path, clock: Callable[[], float]) -> None:
         self._file = KeptFile(folder / "temp", sentinels=(NO_READING,))
-        self._pace = Pace(clock, _INTERVAL_S)
+        self._pace = Pace(clock)
         self._implausible = 0
 
     def read(self) -> float | None:
@@ -57,9 +57,13 @@ class _Thermal:
             )
             for name, folder, kind in zip(names, folders, types, strict=True)
         )
+        self._pace = Pace(clock, _INTERVAL_S)
         self._zones = [_Zone(folder, clock) for folder in folders]
 
     def read(self) -> Values:
+        return self._pace.read(self._read_now) or (None,) * len(self._zones)
+
+    def _read_now(self) -> Values:
         return tuple(zone.read() for zone in self._zones)
 
     def notes(self) -> dict[str, str]:

@@ -1,0 +1,118 @@
+"""deploy/install.sh as far as it runs without root and without changing the machine, and the files that it installs."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+
+
+def install(*options: str) -> subprocess.CompletedProcess[str]:
+    """Runs the script with no way to install anything: every path that it writes to belongs to the system."""
+    command = ["sh", str(DEPLOY / "install.sh"), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def interpreter() -> list[str]:
+    """The tests' own Python, unless it lives in a home folder, which the script rightly refuses."""
+    base = os.path.realpath(sys.base_prefix)
+    if base.startswith(("/root/", "/home/", "/run/user/")):
+        if not Path("/usr/bin/python3").exists():
+            pytest.skip("the only Python here lives in a home folder")
+        return []
+    return ["--python", sys.executable]
+
+
+def dry_run(*options: str) -> subprocess.CompletedProcess[str]:
+    done = install("--dry-run", *interpreter(), *options)
+    if "apt-get install" in done.stderr:
+        pytest.skip(f"this machine lacks what the script asks for: {done.stderr.strip()}")
+    return done
+
+
+def test_a_dry_run_says_everything_and_does_nothing() -> None:
+    done = dry_run("--host-url", "http://192.0.2.1:8080", "--listen", "127.0.0.1:8091")
+    assert done.returncode == 0, done.stderr
+    steps = done.stdout.splitlines()
+    assert any("-m venv /opt/joulemark" in step for step in steps) or Path("/opt/joulemark").exists()
+    engine = next(index for index, step in enumerate(steps) if "build_engine.py" in step)
+    package = next(index for index, step in enumerate(steps) if step.endswith("[agent,llama]"))
+    assert engine < package  # else pip would build the engine its own long way
+    assert any("--host-url http://192.0.2.1:8080 --listen 127.0.0.1:8091" in step for step in steps)
+    assert any(step.endswith("/etc/udev/rules.d/99-joulemark-powercap.rules") for step in steps)
+    assert not [step for step in steps if not step.startswith(("would ", "kept:", "systemd does not run"))]
+
+
+def test_without_the_engine_nothing_is_compiled() -> None:
+    done = dry_run("--no-engine")
+    assert done.returncode == 0, done.stderr
+    assert "build_engine" not in done.stdout
+    assert "[agent]" in done.stdout
+
+
+def test_uninstall_keeps_the_data_unless_told() -> None:
+    kept = install("--dry-run", "--uninstall")
+    assert kept.returncode == 0, kept.stderr
+    assert "/var/lib/joulemark" not in "".join(
+        line for line in kept.stdout.splitlines(keepends=True) if line.startswith("would run: rm")
+    )
+    purged = install("--dry-run", "--uninstall", "--purge")
+    assert "would run: rm -rf /var/lib/joulemark /etc/joulemark" in purged.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bogus"], "unknown option --bogus"),
+        (["--wheel"], "--wheel needs a value"),
+        (["--host-url", ""], "--host-url needs a value"),
+        (["--name", "a b"], "has a space"),
+        (["--name", "$(reboot)"], "dollar sign"),
+        (["--listen", 'x"y'], "a quote"),
+        (["--purge"], "--purge belongs to --uninstall"),
+        (["--dry-run", "--python", "no-such-python"], "no-such-python was not found"),
+    ],
+)
+def test_bad_options_end_it_at_once_with_a_hint(options: list[str], message: str) -> None:
+    done = install(*options)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "hint:" in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_wheel_that_is_not_there(tmp_path: Path) -> None:
+    for path in (tmp_path / "gone.whl", tmp_path):
+        done = dry_run("--no-engine", "--wheel", str(path))
+        assert done.returncode == 1
+        assert "hint: give" in done.stderr
+
+
+def test_the_unit_runs_what_the_script_installs() -> None:
+    unit = configparser.RawConfigParser(strict=False)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read(DEPLOY / "joulemark-agent.service", encoding="utf-8")
+    service, script = unit["Service"], (DEPLOY / "install.sh").read_text(encoding="utf-8")
+    program, *arguments = service["ExecStart"].split()
+    assert program == "/opt/joulemark/bin/joulemark"
+    assert arguments == ["agent", "--data", "/var/lib/joulemark", "$JOULEMARK_OPTIONS"]
+    assert "program=/opt/joulemark\n" in script
+    assert "data=/var/lib/joulemark\n" in script
+    assert f"options={service['EnvironmentFile'].removeprefix('-')}\n" in script
+    assert service["User"] in script
+    # Without it systemd stops the agent when the worker is killed for memory.
+    assert service["OOMPolicy"] == "continue"
+
+
+def test_shellcheck_finds_nothing() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(["shellcheck", DEPLOY / "install.sh"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
