@@ -46,10 +46,12 @@ def _percentiles(prefix: str, values: Sequence[float], what: str) -> dict[str, M
 
 
 def median_metric(values: Iterable[float], unit: str, source: str, absent: str) -> Metric:
-    """The median with the smallest and the largest value as low and high; Absent(`absent`) for no values."""
+    """The median, of several values with the smallest and the largest as low and high; Absent(`absent`) for none."""
     ordered = sorted(values)
     if not ordered:
         return Absent(reason=absent)
+    if len(ordered) == 1:
+        return Measure(value=ordered[0], unit=unit, n=1, source=source)
     return Measure(
         value=percentile(ordered, 50),
         unit=unit,

@@ -74,7 +74,7 @@ def heatmap(grid: Grid, theme: str = "light") -> dict[str, Any]:
         },
         "width": {"step": CELL_WIDTH},
         "height": {"step": CELL_HEIGHT},
-        "data": {"values": _with_text_colours(rows, domain, _brighter_is_more(grid))},
+        "data": {"values": _with_text_colours(rows, domain, _colours(rows, grid))},
         "encoding": {**_axes(grid), "tooltip": TOOLTIP},
         "layer": [*_backgrounds(rows, domain, grid, unit), *_marks(rows), *_words()],
     }
@@ -137,12 +137,8 @@ def _row(cell: Cell, grid: Grid, unit: Unit) -> dict[str, Any]:
     }
 
 
-def _brighter_is_more(grid: Grid) -> bool:
-    return METRICS[grid.metric].better != "lower"
-
-
 def _domain(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """The colour scale's ends; around a single value, so that it gets the middle colour."""
+    """The colour scale's ends; around a single value, since a scale needs two."""
     values = [row["shown"] for row in rows if row["shown"] is not None]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if low == high:
@@ -155,19 +151,23 @@ def _one_value(rows: Sequence[Mapping[str, Any]]) -> bool:
     return len({row["shown"] for row in rows if row["shown"] is not None}) == 1
 
 
+def _colours(rows: Sequence[Mapping[str, Any]], grid: Grid) -> tuple[str, ...]:
+    """The scale from low to high; a single value gets one colour, since there is nothing to tell apart."""
+    if _one_value(rows):
+        return (CIVIDIS[1], CIVIDIS[1])
+    return CIVIDIS if METRICS[grid.metric].better != "lower" else CIVIDIS[::-1]
+
+
 def _with_text_colours(
-    rows: Sequence[dict[str, Any]], domain: tuple[float, float], brighter_is_more: bool
+    rows: Sequence[dict[str, Any]], domain: tuple[float, float], colours: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Text on a filled cell is black or white, whichever stands out more from that fill."""
     low, high = domain
-    coloured: list[dict[str, Any]] = []
-    for row in rows:
-        colour = ""
-        if row["shown"] is not None:
-            place = (row["shown"] - low) / (high - low)
-            colour = text_colour(fill_colour(place if brighter_is_more else 1 - place))
-        coloured.append({**row, "text": colour})
-    return coloured
+    places = [None if row["shown"] is None else (row["shown"] - low) / (high - low) for row in rows]
+    return [
+        {**row, "text": "" if place is None else text_colour(fill_colour(place, colours))}
+        for row, place in zip(rows, places, strict=True)
+    ]
 
 
 def _themed(name: str) -> dict[str, str]:
@@ -214,8 +214,7 @@ def _backgrounds(
     quiet = {"type": "rect", "fill": _themed("quiet"), "stroke": _themed("line"), "strokeDash": [3, 3]}
     layers = [_layer(PLAIN, quiet)]
     if any(row["shown"] is not None for row in rows):
-        colours = CIVIDIS if _brighter_is_more(grid) else CIVIDIS[::-1]
-        scale = {"domain": list(domain), "range": list(colours), "clamp": True}
+        scale = {"domain": list(domain), "range": list(_colours(rows, grid)), "clamp": True}
         legend = None if _one_value(rows) else _legend(grid, unit)
         colour = {"field": "shown", "type": "quantitative", "scale": scale, "legend": legend}
         layers.append(_layer(FILLED, {"type": "rect"}, color=colour))

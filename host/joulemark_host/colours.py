@@ -6,7 +6,7 @@ without colour vision, and in grey. Colours are sRGB, 0 to 255 a channel, or the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 CIVIDIS = ("#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838")
 DARK_TEXT = "#000000"
@@ -17,11 +17,11 @@ THEMES: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def fill_colour(place: float) -> tuple[float, float, float]:
-    """The sRGB colour (0–255) at `place` in 0…1 of CIVIDIS, interpolated as Vega does."""
-    position = min(max(place, 0.0), 1.0) * (len(CIVIDIS) - 1)
-    index = min(int(position), len(CIVIDIS) - 2)
-    left, right = (_rgb(CIVIDIS[index + step]) for step in (0, 1))
+def fill_colour(place: float, colours: Sequence[str] = CIVIDIS) -> tuple[float, float, float]:
+    """The sRGB colour (0–255) at `place` in 0…1 of `colours`, interpolated as Vega does."""
+    position = min(max(place, 0.0), 1.0) * (len(colours) - 1)
+    index = min(int(position), len(colours) - 2)
+    left, right = (_rgb(colours[index + step]) for step in (0, 1))
     red, green, blue = (a + (b - a) * (position - index) for a, b in zip(left, right, strict=True))
     return red, green, blue
 

@@ -199,6 +199,11 @@ def test_no_percentile_is_invented() -> None:
     assert "needs 100" in reason(make_record(latency=make_latency(prompts=3, new_tokens=33)), "itl_p99")
 
 
+def test_one_value_has_no_range() -> None:
+    load = figure(make_record(), "load_time")
+    assert (load.value, load.n, load.low, load.high, load.source) == (1.0, 1, None, None, "load phase")
+
+
 def test_no_latency_samples() -> None:
     record = make_record(latency=())
     for name in ("ttft_p50", "itl_p50", "prefill_rate", "decode_rate", "energy_per_token", "bandwidth_utilisation"):

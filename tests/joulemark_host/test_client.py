@@ -93,7 +93,7 @@ def test_an_artifact_reaches_the_agent(agent: Agent, sent: list[str], tmp_path: 
     seen: list[tuple[int, int]] = []
     there_already = agent.stored == BODY
     missing = client_of(agent).push_artifact(
-        content_id(MANIFEST), MANIFEST, lambda _sha256: file, lambda done, total: seen.append((done, total))
+        content_id(MANIFEST), MANIFEST, lambda _: file, lambda done, total: seen.append((done, total))
     )
     assert agent.stored == BODY
     assert missing == (0 if there_already else 1)
@@ -122,9 +122,9 @@ def test_what_is_no_agent_is_said_so():
     with pytest.raises(BadInput, match="not the address"):
         AgentClient("pi5.local:8090")
     with pytest.raises(Unavailable, match="502"):
-        client_of(lambda _request: httpx.Response(502, text="<html>")).device()
+        client_of(lambda _: httpx.Response(502, text="<html>")).device()
     with pytest.raises(BadInput, match="not a DeviceFacts"):
-        client_of(lambda _request: httpx.Response(200, text="{}")).device()
+        client_of(lambda _: httpx.Response(200, text="{}")).device()
     assert client_of(Agent(b"")).device() == make_device()
 
 

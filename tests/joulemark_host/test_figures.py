@@ -13,7 +13,7 @@ import pytest
 from joulemark.metrics import METRICS
 from joulemark.wire import Absent
 from joulemark_host import charts
-from joulemark_host.colours import CIVIDIS, THEMES, contrast, fill_colour, text_colour
+from joulemark_host.colours import CIVIDIS, LIGHT_TEXT, THEMES, contrast, fill_colour, text_colour
 from joulemark_host.figures import draw, grid_csv
 from joulemark_host.readable import amount, number, unit_for
 from tests.fixtures.grids import LAB, fleet, run_facts
@@ -118,9 +118,11 @@ def test_the_definition_fits_the_schema_of_vega_lite():
     altair.ConcatChart.from_dict(two)
 
 
-def test_one_value_gets_the_middle_colour_and_no_value_no_scale():
+def test_one_value_needs_no_scale_and_no_value_has_none():
     figure = draw([run_facts(1, figures={"accuracy": 0.4})], "accuracy", "arc_challenge")
-    assert '"domain": [36.0, 44.0]' in json.dumps(figure.chart)
+    assert '"domain": [36.0, 44.0], "range": ["#123570", "#123570"]' in json.dumps(figure.chart)
+    assert figure.chart
+    assert figure.chart["data"]["values"][0]["text"] == LIGHT_TEXT
     assert '"legend": null' in json.dumps(figure.chart)  # a scale of one value would say nothing
     assert "arc_challenge, higher is better" in json.dumps(figure.chart)
     figure = draw([run_facts(1, figures={"accuracy": Absent(reason="no items")})], "accuracy", "arc_challenge")

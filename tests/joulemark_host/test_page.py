@@ -90,7 +90,7 @@ def test_the_single_file_loads_nothing_and_lists_its_own_scripts():
         assert (attrs.get("href") or "data:,") == "data:,"
         assert not [name for name in attrs if name.startswith("on") or name == "style"]
     (policy,) = (
-        attrs["content"] for tag, attrs in reader.elements if attrs.get("http-equiv") == "Content-Security-Policy"
+        attrs["content"] for _, attrs in reader.elements if attrs.get("http-equiv") == "Content-Security-Policy"
     )
     assert policy is not None
     assert "unsafe" not in policy
@@ -123,7 +123,7 @@ def test_every_cell_explains_itself_in_the_table():
     text = " ".join(Reader(offline_page([draw(fleet(), "decode_rate", "arc_challenge")])).text.split())
     for part in (
         "lab workstation smollm2-135m-instruct · Q4_1 84.2 tok/s 75.8 – 92.6 tok/s 20 fixture – run-1",
-        "31.0 tok/s measured, not valid",
+        "31.0 tok/s 27.9 – 34.1 tok/s measured, not valid",
         "not valid: throttled for 12 s",
         "failed",
         "out_of_memory: the worker was killed by the kernel. Next step: use a smaller model",

@@ -149,7 +149,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(NotFound):
         shelf.publish_model(tmp_path / "missing.gguf")
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     with pytest.raises(NoSpace, match="1000 are free"):
         shelf.publish_model(model)
     assert shelf.artifacts() == {}

@@ -1,0 +1,33 @@
+"""Rules for all tests: they bind to loopback only, and in CI a skipped test is a failure unless its reason is expected."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# What a clean machine with this repository alone cannot have. Everything else must run in CI.
+EXPECTED_SKIPS = ("training rows", "../shared")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A model that cannot be had must be an error in a test, never a silent download.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} tests were skipped; each says why above")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not os.environ.get("JOULEMARK_NO_SKIPS") or reporter is None:
+        return
+    skipped = reporter.stats.get("skipped", [])
+    reasons = [str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr) for report in skipped]
+    unexpected = [reason for reason in reasons if not any(expected in reason for expected in EXPECTED_SKIPS)]
+    if unexpected:
+        reporter.write_line("skipped without an expected reason: " + "; ".join(sorted(set(unexpected))), red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
