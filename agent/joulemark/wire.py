@@ -249,7 +249,8 @@ class ItemRecord(Wire):
 
     doc_id: int
     prompt_sha256: Sha256
-    end_s: float
+    end_s: float | None
+    """None for an item answered before a reboot: its time was on another clock."""
     prompt_tokens: int | None = None
     new_tokens: int | None = None
     output: str | None = None
@@ -274,7 +275,7 @@ class Channel(Wire):
 
 
 class Trace(Wire):
-    """Samples in columns: `values[c][i]` is channel c at `times_s[i]`, None where the read failed."""
+    """Samples in columns: `values[c][i]` is channel c at `times_s[i]`, None where there is no reading at that tick."""
 
     channels: tuple[Channel, ...]
     times_s: tuple[float, ...]

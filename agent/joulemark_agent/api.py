@@ -44,6 +44,8 @@ class Services:
     completions: Completions
     puller: Puller
     device: Callable[[], DeviceFacts]
+    note: str | None
+    """What had to be done to open the journal, if anything."""
     start: Callable[[], None]
     stop: Callable[[], None]
 
@@ -89,13 +91,20 @@ async def _answer_error(_: Request, error: Exception) -> JSONResponse:
 def _add_state(app: FastAPI, services: Services) -> None:
     @app.get("/healthz")
     def health() -> Any:
-        dropped = services.outbox.dropped()
+        outbox = services.outbox
+        state = {
+            "pending": outbox.pending(),
+            "dropped": [entry.model_dump() for entry in outbox.dropped()],
+            "rejected": [entry.model_dump() for entry in outbox.rejected()],
+        }
+        notes = [note for note in (outbox.note(), services.note) if note]
         return {
             "status": "ok",
             "version": __version__,
             "schema": SCHEMA,
             "busy": services.jobs.busy(),
-            "outbox": {"pending": services.outbox.pending(), "dropped": [drop.model_dump() for drop in dropped]},
+            "outbox": state,
+            "notes": notes,
         }
 
     @app.get("/api/device")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from joulemark import packs, plugins
-from joulemark.errors import BadInput, JoulemarkError, NotFound, to_problem
+from joulemark.errors import BadInput, DigestMismatch, JoulemarkError, NotFound, to_problem
 from joulemark.wire import Clock, DeviceFacts, Manifest, Metric, Problem, RunRecord, RunSpec, RunState
 from joulemark_agent import reporting
 from joulemark_agent.journal import Attempt, Journal
@@ -40,6 +40,7 @@ from joulemark_agent.reporting import FinalStatus, part_of_trace
 from joulemark_agent.sampling import Row, Sampler, open_sensors
 from joulemark_agent.sensors import SensorUse
 from joulemark_agent.sysfs import Roots
+from joulemark_agent.verdict import Limits
 from joulemark_agent.worker import Worker, WorkerStalled
 
 MAX_ATTEMPTS = 10
@@ -92,7 +93,8 @@ class _Ended:
 
 
 class Jobs:
-    """See the module. `on_record(run_id, body)` is called once per finished run, after the journal has the record."""
+    """See the module. `on_record(run_id, body)` is called after the journal has a record, and again at every start: an agent that
+    died in between loses none. `before_run` makes the machine quiet; `on_damage` puts aside a model that was found rotten."""
 
     def __init__(
         self,
@@ -101,12 +103,14 @@ class Jobs:
         machine: Machine,
         on_record: Callable[[str, bytes], None],
         before_run: Callable[[], None] = lambda: None,
+        on_damage: Callable[[Manifest], None] = lambda _: None,
     ) -> None:
         self._journal = journal
         self._library = library
         self._machine = machine
         self._on_record = on_record
         self._before_run = before_run
+        self._on_damage = on_damage
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._cancelled: set[str] = set()
@@ -173,6 +177,8 @@ class Jobs:
                 self._wake.clear()
                 continue
             with self._machine.lock:
+                # Busy first: whoever asks from now on must not begin anything.
+                self._journal.set_status(waiting[0].run_id, "running")
                 self._before_run()
                 self._run(waiting[0])
 
@@ -180,7 +186,6 @@ class Jobs:
         ended = _Ended(None)
         memory_bandwidth: Metric | None = None
         try:
-            self._journal.set_status(spec.run_id, "running")
             while True:
                 refused = self._refuse(spec)
                 if refused is not None:
@@ -232,7 +237,6 @@ class Jobs:
     def _job(self, spec: RunSpec) -> EvaluateJob:
         manifest = self._library.manifest(spec.artifact_id)
         available = memory_field_bytes(self._machine.roots, "MemAvailable")
-        done = tuple(item.doc_id for item in self._journal.items(spec.run_id))
         timed = max((len(attempt.latency) for attempt in self._journal.attempts(spec.run_id)), default=0)
         return EvaluateJob(
             spec=spec,
@@ -242,7 +246,7 @@ class Jobs:
             memory_bytes=cache_budget(available, manifest),
             model_path=str(self._library.file_path(manifest.files[0].sha256)),
             pack_path=str(self._library.pack_path(spec.pack_id)),
-            done=done,
+            done=self._journal.done(spec.run_id),
             latency_done=timed >= spec.latency.prompts,
         )
 
@@ -328,6 +332,8 @@ class Jobs:
         record = self._build(spec, status, ended.problem, bandwidth)
         self._journal.set_record(spec.run_id, status, ended.problem, record.model_dump_json().encode())
         self._cancelled.discard(spec.run_id)
+        if ended.problem is not None and ended.problem.code == DigestMismatch.code:
+            self._on_damage(record.manifest)
         self._deliver(spec.run_id)
 
     def _now(self) -> Clock:
@@ -346,6 +352,7 @@ class Jobs:
             packs.header(pack, spec.pack_id),
             self._machine.facts(bandwidth or reporting.not_measured()),
             self._now(),
+            Limits(**self._machine.profile.limits.model_dump()),
         )
 
     def _deliver(self, run_id: str) -> None:

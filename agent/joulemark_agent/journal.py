@@ -6,7 +6,6 @@ order, not what to do about them. One connection behind a lock: callers may be o
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import threading
 from collections.abc import Generator, Sequence
@@ -17,6 +16,7 @@ from typing import Any, Literal, cast
 
 from joulemark.errors import Conflict, NotFound
 from joulemark.wire import Clock, EngineFacts, ItemRecord, LatencySample, Phase, Problem, RunSpec, RunState, Trace
+from joulemark_agent.database import database_errors, open_database, transaction
 
 Status = Literal["queued", "running", "done", "failed", "cancelled", "interrupted"]
 
@@ -57,15 +57,12 @@ class Attempt:
 
 
 class Journal:
-    """See the module. Raises OSError or sqlite3.Error when the disk refuses."""
+    """See the module. Raises NoSpace or JoulemarkError when the disk refuses. `note` says if a damaged file was moved aside."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._lock = threading.RLock()
-        self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._database.execute("PRAGMA journal_mode=WAL")
-        self._database.execute("PRAGMA synchronous=FULL")
-        self._database.execute("PRAGMA busy_timeout=5000")
-        self._database.executescript(_TABLES)
+        self._database, self.note = open_database(path, _TABLES)
 
     def close(self) -> None:
         """Close the file."""
@@ -74,17 +71,11 @@ class Journal:
 
     @contextmanager
     def _change(self) -> Generator[sqlite3.Connection, None, None]:
-        with self._lock:
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._database
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
+        with self._lock, database_errors(self._path), transaction(self._database) as database:
+            yield database
 
     def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._lock:
+        with self._lock, database_errors(self._path):
             return self._database.execute(query, values).fetchall()
 
     # --- runs ---------------------------------------------------------------------------------------------------------
@@ -213,10 +204,14 @@ class Journal:
                 (run_id, item.doc_id, attempt, item.model_dump_json()),
             )
 
-    def items(self, run_id: str) -> tuple[ItemRecord, ...]:
-        """All items of a run, by document."""
-        rows = self._rows("SELECT item FROM items WHERE run_id = ? ORDER BY doc_id", run_id)
-        return tuple(ItemRecord.model_validate_json(row[0]) for row in rows)
+    def items(self, run_id: str) -> tuple[tuple[int, ItemRecord], ...]:
+        """All items of a run by document, each with the number of the attempt that answered it."""
+        rows = self._rows("SELECT attempt, item FROM items WHERE run_id = ? ORDER BY doc_id", run_id)
+        return tuple((attempt, ItemRecord.model_validate_json(item)) for attempt, item in rows)
+
+    def done(self, run_id: str) -> tuple[int, ...]:
+        """The documents that are answered."""
+        return tuple(row[0] for row in self._rows("SELECT doc_id FROM items WHERE run_id = ? ORDER BY doc_id", run_id))
 
     def item_count(self, run_id: str, attempt: int) -> int:
         """How many items an attempt added."""
@@ -266,7 +261,3 @@ class Journal:
             open_phase=unfinished[-1] if unfinished else None,
             latency=tuple(LatencySample.model_validate_json(sample[0]) for sample in samples),
         )
-
-    def check(self) -> str:
-        """SQLite's own word on the file: `ok`, or what is wrong."""
-        return json.dumps([row[0] for row in self._rows("PRAGMA quick_check")])

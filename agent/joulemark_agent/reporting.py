@@ -13,6 +13,7 @@ from joulemark.wire import (
     Channel,
     Clock,
     DeviceFacts,
+    ItemRecord,
     LatencySample,
     Manifest,
     PackHeader,
@@ -26,6 +27,7 @@ from joulemark.wire import (
 from joulemark_agent.journal import Attempt, Journal
 from joulemark_agent.sampling import Row, merge
 from joulemark_agent.summary import summarise
+from joulemark_agent.verdict import Limits
 
 FinalStatus = Literal["done", "failed", "cancelled", "interrupted"]
 _PHASE_NAMES = ("idle", "load", "warmup", "latency", "accuracy", "cooldown")
@@ -59,6 +61,7 @@ def build_record(
     pack: PackHeader,
     device: DeviceFacts,
     clock: Clock,
+    limits: Limits | None = None,
 ) -> RunRecord:
     """The record with summary and verdict. `clock` anchors a run that never got as far as an attempt."""
     attempts = journal.attempts(spec.run_id)
@@ -66,6 +69,7 @@ def build_record(
     # After a reboot the monotonic clock begins anew: only the last boot's attempts share a clock with each other.
     boot = attempts[-1].clock.boot_id if attempts else clock.boot_id
     current = [entry for entry in traced if entry[0].clock.boot_id == boot]
+    numbers = {attempt.number for attempt, _ in current}
     phases = tuple(phase for attempt, trace in current for phase in _phases(attempt, trace))
     ended = [attempt.problem for attempt in attempts[:-1] if attempt.problem is not None]
     record = RunRecord(
@@ -78,15 +82,20 @@ def build_record(
         engine=journal.engine(spec.run_id),
         phases=phases,
         latency=_latency([attempt for attempt, _ in current]),
-        items=journal.items(spec.run_id),
+        items=tuple(_on_this_clock(item, number in numbers) for number, item in journal.items(spec.run_id)),
         trace=_merged([trace for _, trace in current if trace is not None]),
         verdict=Verdict(valid=False, reasons=("not judged yet",)),
         problem=problem,
         attempts=len(attempts),
         interruptions=tuple(ended),
     )
-    summary, verdict = summarise(record)
+    summary, verdict = summarise(record, limits)
     return record.model_copy(update={"summary": summary, "verdict": verdict})
+
+
+def _on_this_clock(item: ItemRecord, current: bool) -> ItemRecord:
+    """An item of an earlier boot keeps its answer but not its time, which the present clock cannot place."""
+    return item if current else item.model_copy(update={"end_s": None})
 
 
 def _trace(journal: Journal, run_id: str, attempt: Attempt) -> Trace | None:

@@ -5,6 +5,7 @@ The listening socket is bound before anything else, so that a port in use is one
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import socket
@@ -14,8 +15,8 @@ from pathlib import Path
 
 import uvicorn
 
-from joulemark.errors import BadInput, Conflict
-from joulemark.wire import Absent, DeviceFacts
+from joulemark.errors import BadInput, Conflict, DigestMismatch
+from joulemark.wire import Absent, DeviceFacts, Manifest
 from joulemark_agent.api import Services, create_app
 from joulemark_agent.completions import Completions
 from joulemark_agent.jobs import Jobs
@@ -28,6 +29,7 @@ from joulemark_agent.store import Store
 
 log = logging.getLogger(__name__)
 CONNECTION_LIMIT = 128
+SETTLE_S = 10.0
 
 
 def serve(settings: Settings, listen: str, allow_unauthenticated: bool) -> None:
@@ -80,7 +82,18 @@ def assemble(settings: Settings) -> Services:
     outbox = Outbox(settings.data / "outbox.sqlite", settings.outbox_bytes, settings.outbox_age_s)
     machine = local_machine(settings.roots, device_id(settings.data), settings.name, settings.profile, settings.replay)
     completions = Completions(store, machine, settings.serve_idle_s)
-    jobs = Jobs(journal, store, machine, outbox.add, before_run=completions.unload)
+
+    def make_quiet() -> None:
+        completions.unload()
+        sender.settle(SETTLE_S)
+
+    def put_aside(manifest: Manifest) -> None:
+        for entry in manifest.files:
+            # The record says that the file was damaged; what is done about it is the store's affair.
+            with contextlib.suppress(DigestMismatch):
+                store.verify_file(entry.sha256)
+
+    jobs = Jobs(journal, store, machine, outbox.add, make_quiet, put_aside)
     sender = outbox.sender(settings.host_url, paused=jobs.busy)
     puller = Puller(store, settings.host_url, paused=jobs.busy)
 
@@ -100,7 +113,7 @@ def assemble(settings: Settings) -> Services:
         journal.close()
         outbox.close()
 
-    return Services(store, jobs, outbox, completions, puller, device, start, stop)
+    return Services(store, jobs, outbox, completions, puller, device, journal.note, start, stop)
 
 
 def device_id(data: Path) -> str:

@@ -113,8 +113,10 @@ def _throughput(run: _Run, decode: Metric) -> dict[str, Metric]:
     }
 
 
-def _inside(time_s: float, windows: Sequence[Phase]) -> bool:
-    return any(window.start_s - _SLACK_S <= time_s <= window.end_s + _SLACK_S for window in windows)
+def _inside(time_s: float | None, windows: Sequence[Phase]) -> bool:
+    return time_s is not None and any(
+        window.start_s - _SLACK_S <= time_s <= window.end_s + _SLACK_S for window in windows
+    )
 
 
 def _strays(run: _Run) -> str | None:

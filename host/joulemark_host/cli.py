@@ -85,7 +85,7 @@ def host(
     with bind(listen, allow_unauthenticated) as listener:
         records = _records(data, database, max_record_bytes)
         try:
-            serve(create_app(_shelf(data), records, names_of(listener)), listener)
+            serve(create_app(_shelf(data), records, names_of(listener.getsockname()[0])), listener)
         finally:
             records.close()
 
@@ -257,8 +257,12 @@ def demo(
     keep: Annotated[Path | None, typer.Option(help="Keep shelf, records, journal and logs in this folder.")] = None,
 ) -> None:
     """The whole path on this machine: fetch a model and tasks, start host and agent, evaluate, draw the heatmap."""
+    import signal
+
     from joulemark_host.demo import demonstrate
 
+    # As Ctrl-C: what was started is stopped. Child processes lead their own sessions and would otherwise stay.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     demonstrate(out, limit, keep, _console())
 
 

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from joulemark import sources
 from joulemark.errors import JoulemarkError, Unavailable
+from joulemark.wire import RunRecord
 from joulemark_host import charts, page
 from joulemark_host.client import AgentClient
 from joulemark_host.evaluation import Subject, push, run_task
@@ -36,6 +38,15 @@ START_S = 60.0
 DELIVERY_S = 60.0
 
 
+@dataclass(frozen=True)
+class Servers:
+    """A host and an agent that reports to it, both answering."""
+
+    host_url: str
+    agent: AgentClient
+    agent_process: Child
+
+
 def demonstrate(out: Path, limit: int, keep: Path | None, console: Console) -> None:
     """Runs everything and writes `heatmap.html` and `heatmap.png` into `out`. `keep` is a data folder that stays."""
     out.mkdir(parents=True, exist_ok=True)
@@ -43,11 +54,11 @@ def demonstrate(out: Path, limit: int, keep: Path | None, console: Console) -> N
     with _data_folder(keep, console) as data:
         shelf = Shelf(data / "host" / "shelf")
         subject = _publish(shelf, console)
-        with _servers(data, console) as (agent, host_url):
-            push(agent, shelf, subject, console)
+        with servers(data, console) as running:
+            push(running.agent, shelf, subject, console)
             for task in TASKS:
-                record = run_task(agent, subject, task, {"limit": limit}, console)
-                _await_delivery(host_url, record, console)
+                record = run_task(running.agent, subject, task, {"limit": limit}, console)
+                await_delivery(running.host_url, record, console)
         records = Records(f"sqlite:///{data / 'host' / 'records.db'}")
         try:
             runs = [run for run in records.facts() if run.artifact_id == subject.artifact_id][-len(TASKS) :]
@@ -69,7 +80,7 @@ def _publish(shelf: Shelf, console: Console) -> Subject:
 
 
 @contextmanager
-def _servers(data: Path, console: Console) -> Generator[tuple[AgentClient, str], None, None]:
+def servers(data: Path, console: Console) -> Generator[Servers, None, None]:
     """A host and an agent that reports to it, both ready; stopped at the end, the agent first."""
     host_listen, agent_listen = (f"127.0.0.1:{free_port()}" for _ in range(2))
     host_url = f"http://{host_listen}"
@@ -85,7 +96,7 @@ def _servers(data: Path, console: Console) -> Generator[tuple[AgentClient, str],
                 agent.wait_ready(START_S, child.check)
             console.print(f"✓ agent on {agent.url}: {agent.device().title}", markup=False)
             try:
-                yield agent, host_url
+                yield Servers(host_url, agent, child)
             except JoulemarkError as error:
                 console.print(f"the agent's log ends so:\n{child.tail()}", markup=False, highlight=False)
                 child.check()
@@ -95,10 +106,8 @@ def _servers(data: Path, console: Console) -> Generator[tuple[AgentClient, str],
         console.print("✓ host and agent stopped")
 
 
-def _await_delivery(host_url: str, record: bytes, console: Console) -> None:
+def await_delivery(host_url: str, record: bytes, console: Console) -> None:
     """Waits until the agent's outbox has brought the record to the host, byte for byte."""
-    from joulemark.wire import RunRecord
-
     run_id = RunRecord.model_validate_json(record).spec.run_id
     deadline = time.monotonic() + DELIVERY_S
     with console.status("deliver the record"), httpx.Client(timeout=10.0) as http:

@@ -34,6 +34,11 @@ class Child:
                 start_new_session=True,
             )
 
+    @property
+    def pid(self) -> int:
+        """The process id, which is the id of its session too."""
+        return self._process.pid
+
     def __enter__(self) -> Child:
         return self
 

@@ -28,9 +28,9 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def names_of(listener: socket.socket) -> tuple[str, ...]:
-    """The names under which the host may be asked for: on loopback only loopback's, against DNS rebinding."""
-    return LOOPBACK_NAMES if ipaddress.ip_address(listener.getsockname()[0]).is_loopback else ("*",)
+def names_of(address: str) -> tuple[str, ...]:
+    """The names under which a host on `address` may be asked for: on loopback only loopback's, against DNS rebinding."""
+    return LOOPBACK_NAMES if ipaddress.ip_address(address).is_loopback else ("*",)
 
 
 def bind(listen: str, allow_unauthenticated: bool) -> socket.socket:

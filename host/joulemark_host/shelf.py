@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import shutil
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import BinaryIO
 
 from pydantic import ValidationError
 
-from joulemark import artifact
+from joulemark import artifact, durable
 from joulemark.errors import BadInput, DigestMismatch, NoSpace, NotFound
 from joulemark.wire import FileEntry, Manifest, TaskPack, canonical_json, content_id
 
@@ -152,26 +149,11 @@ class Shelf:
                 f"{source.name} needs {entry.size_bytes} bytes on the shelf, {free} are free",
                 "free some space or use --data",
             )
-        digest = hashlib.sha256()
-
-        def write(out: BinaryIO) -> None:
-            with source.open("rb") as stream:
-                done = 0
-                while block := stream.read(BLOCK):
-                    digest.update(block)
-                    out.write(block)
-                    done += len(block)
-                    progress(done)
-            if digest.hexdigest() != entry.sha256:
-                raise DigestMismatch(
-                    f"{source} changed while it was copied", "publish it again when nothing writes to it"
-                )
-
-        _write_atomically(target, write)
+        durable.replace_file(target, _verified(source, entry, progress))
 
     def _write(self, path: Path, body: bytes) -> None:
         if not (path.is_file() and path.read_bytes() == body):
-            _write_atomically(path, lambda out: _write_all(out, body))
+            durable.replace_file(path, [body])
 
     def _manifest_path(self, artifact_id: str) -> Path:
         return self._root / "artifacts" / f"{_checked(artifact_id)}.json"
@@ -197,29 +179,15 @@ def _read(path: Path, missing: str) -> bytes:
         raise NotFound(missing, "`joulemark publish` puts models and tasks there") from None
 
 
-def _write_all(out: BinaryIO, body: bytes) -> None:
-    out.write(body)
-
-
-def _write_atomically(target: Path, write: Callable[[BinaryIO], None]) -> None:
-    """`target` appears whole or not at all, and survives a power cut once this returns."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
-    try:
-        with part.open("xb") as out:
-            write(out)
-            out.flush()
-            os.fsync(out.fileno())
-        part.replace(target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    _flush_folder(target.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _verified(source: Path, entry: FileEntry, progress: Callable[[int], None]) -> Generator[bytes, None, None]:
+    """The bytes of `source`; raises DigestMismatch at the end, before they have a name, if they differ."""
+    digest = hashlib.sha256()
+    done = 0
+    with source.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            digest.update(block)
+            yield block
+            done += len(block)
+            progress(done)
+    if digest.hexdigest() != entry.sha256:
+        raise DigestMismatch(f"{source} changed while it was copied", "publish it again when nothing writes to it")

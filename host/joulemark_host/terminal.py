@@ -67,7 +67,7 @@ def absences(runs: Sequence[RunFacts]) -> list[str]:
         if metrics and all(isinstance(metric, Absent) for metric in metrics):
             reasons = {metric.reason for metric in metrics if isinstance(metric, Absent)}
             by_reason.setdefault("; ".join(sorted(reasons)), []).append(METRICS[name].title)
-    return [f"no {', no '.join(titles)}: {reason}" for reason, titles in by_reason.items()]
+    return [f"no figure for {' / '.join(titles)}: {reason}" for reason, titles in by_reason.items()]
 
 
 def explanations(runs: Sequence[RunFacts]) -> list[str]:
@@ -92,11 +92,11 @@ def records_table(runs: Sequence[RunFacts]) -> Table:
             _when(run.received_at),
             run.run_id,
             run.device_name,
-            f"{run.model} {run.quantization}",
+            artifact_label(run.model, run.quantization),
             run.task,
             status,
         )
-        figures = (_figure(run.metrics.get(name), METRICS[name].unit) for name in ("accuracy", "decode_rate"))
+        figures = (_figure(run.metrics.get(name), METRICS[name].unit, False) for name in ("accuracy", "decode_rate"))
         table.add_row(*(Text(cell) for cell in cells), *figures)
     return table
 
@@ -117,11 +117,11 @@ def bar(console: Console, title: str) -> Generator[Callable[[int, int], None], N
     console.print(Text(f"✓ {printable(title)}"))
 
 
-def _figure(metric: Metric | None, unit: str) -> Text:
+def _figure(metric: Metric | None, unit: str, with_interval: bool = True) -> Text:
     if not isinstance(metric, Measure):
         return Text("–")
     shown = unit_for(unit, [metric.value])
-    spread = interval(metric, shown).removesuffix(f" {shown.symbol}")
+    spread = interval(metric, shown).removesuffix(f" {shown.symbol}") if with_interval else ""
     return Text(amount(metric.value, shown) + (f" ({spread.replace(' – ', '–')})" if spread else ""))
 
 

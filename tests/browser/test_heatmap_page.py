@@ -49,7 +49,7 @@ def address(tmp_path: Path) -> Iterator[str]:
             name = f"{task}-{number}"
             records.put(record_bytes(make_record(name, task=task, device=device, manifest=manifest, figures=figures)))
     with bind("127.0.0.1:0", False) as listener:
-        app = create_app(Shelf(tmp_path / "shelf"), records, names_of(listener))
+        app = create_app(Shelf(tmp_path / "shelf"), records, names_of("127.0.0.1"))
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -114,10 +114,10 @@ def test_only_loopback_is_served_without_being_told_otherwise():
     for address in ("0.0.0.0:0", "[::]:0", "192.0.2.1:80"):
         with pytest.raises(BadInput, match="no authentication"):
             bind(address, False)
-    with bind("0.0.0.0:0", True) as listener:
-        assert names_of(listener) == ("*",)
-    with bind("127.0.0.1:0", False) as listener:
-        assert names_of(listener) == LOOPBACK_NAMES
+    with pytest.raises(Conflict, match="cannot listen"):  # allowed, but no address of this machine (RFC 5737)
+        bind("192.0.2.1:80", True)
+    assert names_of("0.0.0.0") == names_of("192.0.2.1") == ("*",)
+    assert names_of("127.0.0.1") == names_of("::1") == LOOPBACK_NAMES
     for address in ("localhost:99999", "127.0.0.1:-1", "127.0.0.1", ""):
         with pytest.raises(BadInput):
             bind(address, False)
@@ -142,3 +142,36 @@ def test_a_child_that_ends_says_what_its_log_said_and_one_that_runs_is_stopped(t
         child.check()
         process = child._process  # pyright: ignore[reportPrivateUsage]
     assert process.poll() is not None
+
+
+def children_with(argument: str) -> list[str]:
+    """Command lines of the running `python -m joulemark …` that name `argument`."""
+    found: list[str] = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").replace("\0", " ")
+        except OSError:  # it ended meanwhile
+            continue
+        if argument in words and " -m joulemark " in words:
+            found.append(words)
+    return found
+
+
+def test_a_terminated_demonstration_stops_what_it_started(tmp_path: Path):
+    """The real command as a process: SIGTERM while its servers run; nothing stays behind."""
+    code = (
+        "import sys; from joulemark_host import cli, demo\n"
+        "def wait(*a): print('ready', flush=True); import time; time.sleep(60)\n"
+        "demo._publish = lambda *a: None; demo.push = wait\n"
+        f"sys.exit(cli.run(['demo', '--keep', {str(tmp_path)!r}, '--out', {str(tmp_path)!r}]))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        for line in lines:
+            if line == "ready\n":
+                break
+        assert len(children_with(str(tmp_path))) == 2
+        process.terminate()
+        assert process.wait(60) == 130
+    assert children_with(str(tmp_path)) == []

@@ -13,7 +13,7 @@ from joulemark_host.compare import Entry, build_grid, label_artifacts, label_dev
 from joulemark_host.conditions import CONDITIONS, differing_fields
 from joulemark_host.facts import RunFacts, facts_of
 from tests.fixtures.grids import LAB, PI, QWEN, SMOL_Q4, SMOL_Q8, fleet, run_facts
-from tests.fixtures.records import make_pack_header, make_record, make_trace
+from tests.fixtures.records import make_pack_header, make_record, make_trace, power_channel
 
 
 def grid_of(runs: list[RunFacts], metric: str = "decode_rate", **more: Any) -> dict[tuple[str, str], Cell]:
@@ -155,6 +155,15 @@ def test_every_condition_is_exercised_above_and_filled_in():
     assert set(facts_of(make_record()).conditions) == {condition.name for condition in CONDITIONS}
     for condition in CONDITIONS:
         assert condition.metrics <= set(METRICS)
+
+
+def test_the_meaning_of_power_is_that_of_the_channels_that_are_summed():
+    trace = make_trace(meaning="rail")
+    part = power_channel("modelled", total=False).model_copy(update={"name": "part"})
+    both = trace.model_copy(update={"channels": (*trace.channels, part), "values": (*trace.values, trace.values[0])})
+    assert facts_of(make_record(trace=both)).conditions["power_source"] == "rail"
+    none = trace.model_copy(update={"channels": trace.channels[1:], "values": trace.values[1:]})
+    assert facts_of(make_record(trace=none)).conditions["power_source"] == "no meter"
 
 
 def test_boards_may_differ_in_what_belongs_to_the_board():

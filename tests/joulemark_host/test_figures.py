@@ -16,7 +16,7 @@ from joulemark_host import charts
 from joulemark_host.colours import CIVIDIS, LIGHT_TEXT, THEMES, contrast, fill_colour, text_colour
 from joulemark_host.figures import draw, grid_csv
 from joulemark_host.readable import amount, number, unit_for
-from tests.fixtures.grids import LAB, fleet, run_facts
+from tests.fixtures.grids import LAB, PI, fleet, run_facts
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,8 @@ def test_the_chart_says_what_the_grid_says():
 
 def test_bright_is_better_also_where_lower_is_better():
     def colours(metric: str) -> list[str]:
-        chart = draw(fleet(), metric, "arc_challenge").chart
+        runs = [run_facts(i, device=device, figures={metric: 1.0 + i}) for i, device in enumerate((LAB, PI))]
+        chart = draw(runs, metric, "arc_challenge").chart
         assert chart is not None
         (scale,) = (
             layer["encoding"]["color"]["scale"]

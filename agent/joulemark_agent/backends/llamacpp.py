@@ -65,7 +65,6 @@ class LlamaSession:
         """What really runs; see the contract."""
         import llama_cpp
 
-        context = self._context
         build = self._model.llama.llama_print_system_info().decode(errors="replace").strip()
         return EngineFacts(
             backend="llamacpp",
@@ -80,7 +79,7 @@ class LlamaSession:
             sequences=self._options.sequences,
             context_tokens=self._window,
             kv_type="f32" if self._model.full_precision else "f16",
-            flash_attention=bool(context and context.flash_attention),
+            flash_attention=False,
             branching=not self._model.recurrent,
         )
 
