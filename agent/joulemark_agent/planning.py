@@ -140,12 +140,13 @@ def _shared_end(requests: Sequence[Request], group: Sequence[int]) -> int:
     return limit
 
 
-def plan(requests: Sequence[Request], batch_tokens: int, branches: int) -> Iterator[Step]:
+def plan(requests: Sequence[Request], batch_tokens: int, branches: int, block: int = 1) -> Iterator[Step]:
     """Steps that score all requests, none larger than `batch_tokens` tokens and `branches` branches.
 
-    Raises nothing for long requests: a run longer than a batch becomes trunk, in chunks.
+    Attention is computed over whole blocks of `block` positions, used or not: a batch is kept so small that trunk and batch end at a
+    block's border, unless that would halve it. Raises nothing for long requests: a run longer than a batch becomes trunk, in chunks.
     """
-    planner = _Planner(requests, batch_tokens, branches)
+    planner = _Planner(requests, batch_tokens, branches, block)
     yield from planner.walk(build_tree(requests))
     yield from planner.flush()
 
@@ -153,10 +154,11 @@ def plan(requests: Sequence[Request], batch_tokens: int, branches: int) -> Itera
 class _Planner:
     """Holds the batch that is being filled."""
 
-    def __init__(self, requests: Sequence[Request], batch_tokens: int, branches: int) -> None:
+    def __init__(self, requests: Sequence[Request], batch_tokens: int, branches: int, block: int) -> None:
         self._requests = requests
         self._batch_tokens = batch_tokens
         self._branches = branches
+        self._block = block
         self._placed: list[Placed] = []
         self._used = 0
         self._finished: list[int] = []
@@ -166,9 +168,15 @@ class _Planner:
             yield Decode(tuple(self._placed), self._used, tuple(self._finished))
             self._placed, self._used, self._finished = [], 0, []
 
+    def _room(self, trunk: int) -> int:
+        """Tokens of a batch behind a trunk of this length."""
+        aligned = (trunk + self._batch_tokens) // self._block * self._block - trunk
+        return aligned if 2 * aligned >= self._batch_tokens else self._batch_tokens
+
     def walk(self, node: Node) -> Iterator[Step]:
-        if node.size <= self._batch_tokens and node.leaves <= self._branches and node.tokens:
-            if len(self._placed) + node.size > self._batch_tokens or self._used + node.leaves > self._branches:
+        room = self._room(node.start)
+        if node.size <= room and node.leaves <= self._branches and node.tokens:
+            if len(self._placed) + node.size > room or self._used + node.leaves > self._branches:
                 yield from self.flush()
             self._pack(node)
         elif node.tokens and len(node.tokens) < SHORT_RUN and node.children and not node.ending:

@@ -58,18 +58,20 @@ class Memory:
             self.readings[key] = (list(content), reading.target)
 
 
-def replay(requests: list[Request], batch: int, branches: int) -> Memory:
+def replay(requests: list[Request], batch: int, branches: int, block: int = 1) -> Memory:
     memory = Memory()
-    for step in plan(requests, batch, branches):
+    for step in plan(requests, batch, branches, block):
         memory.run(step, batch, branches)
     assert memory.trunk == []
     return memory
 
 
 @settings(max_examples=300, deadline=None)
-@given(REQUESTS, st.integers(4, 40), st.integers(1, 8))
-def test_every_position_is_read_once_in_its_own_context(requests: list[Request], batch: int, branches: int) -> None:
-    memory = replay(requests, batch, branches)
+@given(REQUESTS, st.integers(4, 40), st.integers(1, 8), st.sampled_from([1, 8, 16]))
+def test_every_position_is_read_once_in_its_own_context(
+    requests: list[Request], batch: int, branches: int, block: int
+) -> None:
+    memory = replay(requests, batch, branches, block)
     expected = {
         (index, position): (list(request.tokens[:position]), request.tokens[position])
         for index, request in enumerate(requests)
@@ -103,6 +105,14 @@ def test_a_shared_prefix_is_decoded_once() -> None:
     # The prefix once; per question its two own tokens once and one token per choice (the last token is never decoded).
     assert memory.decoded == len(prefix) + 20 * (2 + 4)
     assert sum(isinstance(step, Decode) for step in plan(requests, 128, 64)) <= 3
+
+
+def test_batches_end_at_a_block_of_the_memory() -> None:
+    prefix = tuple(range(190))
+    requests = [Request((*prefix, question + 500, 7, 8, 9), 191) for question in range(400)]
+    sizes = [len(step.placed) for step in plan(requests, 512, 128, 256) if isinstance(step, Decode)]
+    # 190 + 322 = 512 positions are two blocks; three tokens a question, so 321 of the 322 are used, in 107 branches.
+    assert sizes[:-1] == [321] * (len(sizes) - 1)
 
 
 def test_long_requests_go_through_the_trunk_in_chunks() -> None:

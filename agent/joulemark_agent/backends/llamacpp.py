@@ -27,7 +27,7 @@ FORMATS = ("gguf",)
 SCORING_BRANCHES = 128
 # A common prefix shorter than this is not worth a sequence of its own.
 SHORT_PREFIX = 16
-# The engine rounds its memory up to this many positions.
+# The engine allocates its memory, and computes attention, in blocks of this many positions.
 CELL_BLOCK = 256
 
 
@@ -164,7 +164,7 @@ class LlamaSession:
         # A step's branches never exceed a batch, the trunk never exceeds the longest request.
         branches = min(SCORING_BRANCHES, self._most_sequences())
         context = self._need(longest + batch, branches + 1)
-        for step in plan(flat, batch, branches):
+        for step in plan(flat, batch, branches, CELL_BLOCK):
             yield from self._step(context, step, owner)
 
     def _step(self, context: Context, step: Step, owner: Sequence[tuple[_OpenScore, int]]) -> Sequence[int]:
