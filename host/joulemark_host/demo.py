@@ -36,6 +36,8 @@ TASKS = ("arc_challenge", "gsm8k_cot")
 METRICS = ("accuracy", "decode_rate", "ttft_p50", "peak_pss")
 START_S = 60.0
 DELIVERY_S = 60.0
+DYING_S = 2.0
+"""A killed process closes its sockets a moment before it is gone."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,10 @@ def servers(data: Path, console: Console) -> Generator[Servers, None, None]:
             console.print(f"✓ agent on {agent.url}: {agent.device().title}", markup=False)
             try:
                 yield Servers(host_url, agent, child)
-            except JoulemarkError as error:
+            except JoulemarkError:
                 console.print(f"the agent's log ends so:\n{child.tail()}", markup=False, highlight=False)
-                child.check()
-                raise error
+                child.check(DYING_S)
+                raise
             finally:
                 agent.close()
         console.print("✓ host and agent stopped")

@@ -45,9 +45,12 @@ class Child:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def check(self) -> None:
-        """Raises EngineFailed with the log's end when the process is gone."""
-        status = self._process.poll()
+    def check(self, patience_s: float = 0.0) -> None:
+        """Raises EngineFailed with the log's end when the process is gone, or goes within `patience_s`."""
+        try:
+            status = self._process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            status = None
         if status is not None:
             raise EngineFailed(
                 f"the {self.name} ended with status {status}; its log ends so:\n{self.tail()}",
