@@ -26,7 +26,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if not os.environ.get("JOULEMARK_NO_SKIPS") or reporter is None:
         return
     skipped = reporter.stats.get("skipped", [])
-    reasons = [str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr) for report in skipped]
+    reasons = [
+        str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr) for report in skipped
+    ]
     unexpected = [reason for reason in reasons if not any(expected in reason for expected in EXPECTED_SKIPS)]
     if unexpected:
         reporter.write_line("skipped without an expected reason: " + "; ".join(sorted(set(unexpected))), red=True)

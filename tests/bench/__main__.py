@@ -99,7 +99,8 @@ class Bench:
             for item in choices[:SCORED_QUESTIONS]
         ]
         self.generating = [
-            GenerateRequest(item.doc_id, item.prompt, 256, ("Q:", "</s>", "<|im_end|>")) for item in problems[:GENERATED_ITEMS]
+            GenerateRequest(item.doc_id, item.prompt, 256, ("Q:", "</s>", "<|im_end|>"))
+            for item in problems[:GENERATED_ITEMS]
         ]
 
     def bare(self, cells: int, sequences: int) -> Context:
@@ -178,9 +179,7 @@ class Bench:
     # --- single stream ------------------------------------------------------------------------------------------------
     def streamed(self) -> float:
         """Decode tokens/s as the latency phase times them."""
-        times = [
-            time.monotonic() for _ in self.session.stream(self.scoring[0].prompt, STREAMED_TOKENS, Choice())
-        ]
+        times = [time.monotonic() for _ in self.session.stream(self.scoring[0].prompt, STREAMED_TOKENS, Choice())]
         return (len(times) - 1) / (times[-1] - times[0])
 
     def bare_stream(self, context: Context) -> float:

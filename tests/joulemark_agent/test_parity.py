@@ -57,7 +57,10 @@ def split(session: LlamaSession, prompt: str, continuations: Sequence[str]) -> t
 @pytest.fixture(scope="module")
 def questions() -> list[tuple[str, tuple[str, ...]]]:
     return [
-        (f"Question {index}: what is {'rather ' * (index % 7)}blue?\nAnswer:", (" sky", " the sea", " a", " nothing at all"))
+        (
+            f"Question {index}: what is {'rather ' * (index % 7)}blue?\nAnswer:",
+            (" sky", " the sea", " a", " nothing at all"),
+        )
         for index in range(25)
     ]
 
