@@ -1,7 +1,7 @@
 """`make bench`: the speeds that the product promises, as ratios from one run on one machine. Exit status 1 when one falls short.
 
 Each figure sets the product against the barest loop that does the same work; the two sides take turns and the medians of the rounds are
-compared, so that a drift of the machine's speed hits both. Needs a quiet machine: the first line says how busy it was. Not part of the tests.
+compared, so that a drift of the machine hits both. Needs a quiet machine: the first line says how busy it was. Not part of the tests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from joulemark_agent.backends.llamacpp import LlamaSession, open_session
 from joulemark_agent.machine import cpu_model, usable_cores
 from joulemark_agent.planning import common_prefix
 from joulemark_agent.sysfs import Roots
-
 from tests.fixtures.agent_process import AgentProcess
 
 ROUNDS = 3

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from joulemark import documents, packs, sources
 from joulemark.grading import Outcome
 from joulemark.lmeval import standard_error
 from joulemark_agent.backends import Options, ScoreRequest
 from joulemark_agent.backends.llamacpp import LlamaSession, open_session
-
 from tests.fixtures.tiny_models import write_llama
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make install")
