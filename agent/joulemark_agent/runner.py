@@ -19,6 +19,7 @@ from typing import Literal
 from joulemark import packs, plugins
 from joulemark.artifact import hash_file
 from joulemark.errors import BadInput, DigestMismatch
+from joulemark.gguf_header import read_header
 from joulemark.grading import Outcome
 from joulemark.wire import ItemRecord, LatencySample, PackItem, Phase, TaskPack
 from joulemark_agent.backends import Choice, Generated, GenerateRequest, Options, Scored, ScoreRequest, Session
@@ -74,7 +75,9 @@ def open_backend(job: EvaluateJob | ServeJob, options: Options) -> Session:
 
 
 def verify_model(job: EvaluateJob | ServeJob) -> str:
-    """Re-hash the model file right before it is loaded: bits rot, and engines do not notice."""
+    """Re-hash the model file and read its header with bounds right before it is loaded: bits rot, engines do not notice, and a
+    hostile header takes an engine down. Raises DigestMismatch, ModelRejected.
+    """
     expected = job.manifest.files[0].sha256
     actual = hash_file(Path(job.model_path))
     if actual != expected:
@@ -82,6 +85,8 @@ def verify_model(job: EvaluateJob | ServeJob) -> str:
             f"the stored model {job.manifest.name} is damaged: sha256 {actual[:12]}… instead of {expected[:12]}…",
             "push the artifact again; if it happens twice, check the SD card",
         )
+    if job.manifest.format == "gguf":
+        read_header(Path(job.model_path))
     return actual
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from joulemark.wire import RunRecord
+from joulemark.wire import FileEntry, Manifest, RunRecord
+from joulemark_agent.local_run import LocalFiles
 from tests.fixtures.agent_process import AgentProcess
 from tests.fixtures.records import make_manifest
 from tests.fixtures.small_world import make_files, make_spec
@@ -104,6 +106,34 @@ def test_flipped_bytes_never_become_an_artifact(agent: AgentProcess, tmp_path: P
     refused = agent.client.put(f"/api/files/{digest}", content=bytes(data))
     assert refused.status_code == 422 and refused.json()["code"] == "digest_mismatch" and refused.json()["hint"]
     assert agent.client.get(f"/api/artifacts/{files.artifact_id}").json()["complete"] is False
+
+
+def hostile_model(files: LocalFiles) -> tuple[Manifest, bytes]:
+    """The tiny model with 100,000 blocks in its header, which makes llama.cpp abort, under a manifest of its own."""
+    data = bytearray(files.model.read_bytes())
+    place = data.index(b"llama.block_count") + len(b"llama.block_count") + 4
+    struct.pack_into("<I", data, place, 100_000)
+    entry = FileEntry(path="hostile.gguf", size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return files.model_manifest.model_copy(update={"name": "hostile", "files": (entry,)}), bytes(data)
+
+
+def test_a_hostile_model_fails_its_run_and_not_the_agent(agent: AgentProcess, tmp_path: Path) -> None:
+    files = make_files(tmp_path / "files")
+    manifest, data = hostile_model(files)
+    (tmp_path / "hostile.gguf").write_bytes(data)
+    good = make_spec(files, "good")
+    agent.push_pack(good.pack_id, files.packs[good.pack_id])
+    for backend in ("fake", "llamacpp"):
+        bad = make_spec(
+            files, f"bad-{backend}", backend=backend, artifact_id=agent.push_model(manifest, tmp_path / "hostile.gguf")
+        )
+        agent.submit(bad)
+        record = agent.record(bad.run_id)
+        assert record.status == "failed" and record.problem is not None
+        assert record.problem.code == "model_rejected" and record.problem.hint
+    agent.push_model(files.model_manifest, files.model)
+    agent.submit(good)
+    assert agent.record("good").status == "done"
 
 
 def bad_requests() -> dict[str, tuple[str, str, bytes, int]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from joulemark.errors import Conflict, NotFound
 from joulemark.wire import Clock, ItemRecord, Phase, Problem
 from joulemark_agent.journal import Journal
-
 from tests.fixtures.records import digest
 from tests.fixtures.small_world import make_files, make_spec
 
