@@ -1,16 +1,19 @@
 """The one command: `joulemark COMMAND …`. Finds the program that owns a command and starts it, and nothing else is imported.
 
-So it starts on a board that has only the agent, and a command whose program is not installed says which extra brings it.
+So it starts on a board that has only the agent, and a command whose program is not installed says which extra brings it. The one place
+where the commands' errors are caught broadly. Exit status: 0 done, 1 it failed (the message says why and what to do), 2 wrong usage.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from joulemark import __version__
+from joulemark.errors import JoulemarkError, to_problem
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"  hint: pip install 'joulemark[{command.extra}]'\n"
         )
         return 2
-    return int(program.run(given) or 0)
+    return run(program.app, given)
+
+
+def run(application: Callable[..., Any], arguments: Sequence[str]) -> int:
+    """Run a typer application (typer itself is not imported here: a board may lack it) and turn its errors into words."""
+    try:
+        return int(application(args=list(arguments), prog_name="joulemark", standalone_mode=False) or 0)
+    except KeyboardInterrupt:
+        sys.stderr.write("joulemark: stopped; what was finished is kept\n")
+        return 130
+    except (JoulemarkError, OSError) as error:
+        problem = to_problem(error)
+        sys.stderr.write(f"joulemark: {problem.message}\n" + (f"  hint: {problem.hint}\n" if problem.hint else ""))
+        return 1
+    except Exception as error:
+        # Leaving early and usage errors are click's: they carry their exit status. Anything else is a defect and keeps its traceback.
+        status = getattr(error, "exit_code", None)
+        if status is None:
+            raise
+        show = getattr(error, "show", None)
+        if show is not None:
+            show()
+        return int(status)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Files that are whole or not there, also after a power cut: temporary name, fsync, rename, fsync of the folder.
 
-Owns that order and nothing else; it is not aware of what is written.
+Owns that order, as ext4 and f2fs need it, and nothing else; it is not aware of what is written. Truth: fsync(2), rename(2);
+"crash consistency" of Pillai et al. (OSDI 2014).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
+def replace_file(path: Path, pieces: Iterable[bytes], mode: int = 0o644) -> None:
     """Writes `pieces` under a temporary name beside `path` and renames it; makes the folder. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -20,7 +21,7 @@ def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide it from other users of a shared cache
+        Path(temporary).chmod(mode)  # mkstemp's 0600 would hide it from other users of a shared cache
         Path(temporary).replace(path)
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -1,44 +1,17 @@
-"""The agent's commands: agent, eval, verify, doctor. Reads options, shows progress, turns errors into a message and an exit status.
-
-Exit status: 0 done, 1 it failed (the message says why and what to do), 2 wrong usage.
-"""
+"""The agent's commands: agent, eval, verify, doctor. Reads options and hands on; errors are shown by `joulemark.__main__`."""
 
 from __future__ import annotations
 
 import platform
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from joulemark.errors import BadInput, JoulemarkError, to_problem
+from joulemark.errors import BadInput
 from joulemark_agent.sysfs import Roots
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Run a command line; the only place of this program's commands where errors are caught broadly."""
-    try:
-        return int(app(args=list(arguments), prog_name="joulemark", standalone_mode=False) or 0)
-    except typer.Exit as leave:
-        return leave.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("joulemark: stopped; what was finished is kept\n")
-        return 130
-    except (JoulemarkError, OSError) as error:
-        problem = to_problem(error)
-        sys.stderr.write(f"joulemark: {problem.message}\n" + (f"  hint: {problem.hint}\n" if problem.hint else ""))
-        return 1
-    except Exception as error:
-        # Usage errors are click's; they know how to show themselves. Anything else is a defect and keeps its traceback.
-        show = getattr(error, "show", None)
-        if show is None:
-            raise
-        show()
-        return int(getattr(error, "exit_code", 2))
 
 
 @app.callback()

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from joulemark.errors import JoulemarkError, NoSpace
-from joulemark_agent.durable import storage_errors
+from joulemark_agent.refusals import storage_errors
 
 BUSY_TIMEOUT_S = 5.0
 LEFTOVER_LOG_BYTES = 4 * 1024 * 1024

@@ -12,8 +12,9 @@ import os
 import threading
 from pathlib import Path
 
+from joulemark.durable import synchronise_folder
 from joulemark.errors import BadInput, Conflict, DigestMismatch
-from joulemark_agent.durable import storage_errors, sync_folder
+from joulemark_agent.refusals import storage_errors
 
 _CHUNK_BYTES = 1 << 20
 
@@ -86,7 +87,7 @@ class IncomingFile:
                 os.fsync(file.fileno())
             self._path.chmod(0o444)
             self._path.replace(target)
-            sync_folder(target.parent)
+            synchronise_folder(target.parent)
 
     def discard(self) -> None:
         """Gives up what is here; nothing can be appended then."""

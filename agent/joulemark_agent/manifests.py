@@ -10,9 +10,10 @@ import logging
 from pathlib import Path
 
 from joulemark.artifact import read_manifest
+from joulemark.durable import synchronise_folder
 from joulemark.errors import BadInput, DigestMismatch
 from joulemark.wire import FileEntry, Manifest, canonical_json, content_id
-from joulemark_agent.durable import storage_errors, sync_folder, write_file
+from joulemark_agent.refusals import storage_errors, write_file
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Manifests:
         with storage_errors(f"cannot delete artifact {artifact_id[:12]}…"):
             for folder in (self._complete_folder, self._incoming_folder):
                 (folder / f"{artifact_id}.json").unlink(missing_ok=True)
-                sync_folder(folder)
+                synchronise_folder(folder)
         self.complete = _without(self.complete, artifact_id)
         self.incoming = _without(self.incoming, artifact_id)
 
@@ -61,8 +62,8 @@ class Manifests:
         name = f"{artifact_id}.json"
         with storage_errors(f"cannot move the manifest of artifact {artifact_id[:12]}…"):
             (source / name).replace(target / name)
-            sync_folder(target)
-            sync_folder(source)
+            synchronise_folder(target)
+            synchronise_folder(source)
 
 
 def _without(manifests: dict[str, Manifest], artifact_id: str) -> dict[str, Manifest]:

@@ -188,43 +188,30 @@ def _answer(
 
 
 def _scored_record(item: PackItem, scored: Scored, task: ModuleType, now: float) -> ItemRecord:
-    digest = packs.prompt_sha256(item)
+    record = _begin_record(item, scored, now)
     if scored.problem is not None:
-        return ItemRecord(
-            doc_id=item.doc_id,
-            prompt_sha256=digest,
-            end_s=now,
-            prompt_tokens=scored.prompt_tokens,
-            problem=scored.problem,
-        )
-    return ItemRecord(
-        doc_id=item.doc_id,
-        prompt_sha256=digest,
-        end_s=now,
-        prompt_tokens=scored.prompt_tokens,
-        choice_logprobs=scored.logprobs,
-        choice_greedy=scored.greedy,
-        grade=task.grade(item, Outcome(output=None, choice_logprobs=scored.logprobs)),
+        return record
+    grade = task.grade(item, Outcome(output=None, choice_logprobs=scored.logprobs))
+    return record.model_copy(
+        update={"choice_logprobs": scored.logprobs, "choice_greedy": scored.greedy, "grade": grade}
     )
 
 
 def _generated_record(item: PackItem, generated: Generated, task: ModuleType, now: float) -> ItemRecord:
-    digest = packs.prompt_sha256(item)
+    record = _begin_record(item, generated, now)
     if generated.problem is not None:
-        return ItemRecord(
-            doc_id=item.doc_id,
-            prompt_sha256=digest,
-            end_s=now,
-            prompt_tokens=generated.prompt_tokens,
-            problem=generated.problem,
-        )
+        return record
+    grade = task.grade(item, Outcome(output=generated.text, choice_logprobs=None))
+    answer = {"new_tokens": generated.new_tokens, "output": generated.text, "finish": generated.finish}
+    return record.model_copy(update={**answer, "grade": grade})
+
+
+def _begin_record(item: PackItem, result: Scored | Generated, now: float) -> ItemRecord:
+    """What every item has; the whole record of one that came to grief."""
     return ItemRecord(
         doc_id=item.doc_id,
-        prompt_sha256=digest,
+        prompt_sha256=packs.prompt_sha256(item),
         end_s=now,
-        prompt_tokens=generated.prompt_tokens,
-        new_tokens=generated.new_tokens,
-        output=generated.text,
-        finish=generated.finish,
-        grade=task.grade(item, Outcome(output=generated.text, choice_logprobs=None)),
+        prompt_tokens=result.prompt_tokens,
+        problem=result.problem,
     )

@@ -21,11 +21,12 @@ from pathlib import Path
 
 from joulemark import packs
 from joulemark.artifact import hash_file
+from joulemark.durable import synchronise_folder
 from joulemark.errors import BadInput, Conflict, DigestMismatch, NoSpace, NotFound, Unavailable
 from joulemark.wire import FileEntry, Manifest, Wire, content_id
-from joulemark_agent.durable import storage_errors, sync_folder, write_file
 from joulemark_agent.incoming import IncomingFile
 from joulemark_agent.manifests import Manifests
+from joulemark_agent.refusals import storage_errors, write_file
 
 RESERVE_BYTES = 128 * 1024 * 1024
 """Left free for the journal, the outbox and the system when an artifact is accepted."""
@@ -239,7 +240,7 @@ class Store:
                 if any(entry.sha256 == sha256 for entry in manifest.files):
                     self._manifests.demote(artifact_id)
             path.replace(self._root / "quarantine" / sha256)
-            sync_folder(path.parent)
+            synchronise_folder(path.parent)
         raise DigestMismatch(
             f"the stored file {sha256[:12]}… is damaged: its sha256 is {found[:12]}…",
             "push the artifact again; if it happens twice, check the disk or the card",
@@ -269,7 +270,7 @@ class Store:
         path = self.pack_path(pack_id)
         with storage_errors(f"cannot delete {path}"):
             path.unlink(missing_ok=True)
-            sync_folder(path.parent)
+            synchronise_folder(path.parent)
 
     # --- inside -------------------------------------------------------------------------------------------------------
     def _file(self, sha256: str) -> Path:

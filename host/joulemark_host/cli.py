@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from joulemark.errors import BadInput, JoulemarkError, NotFound, to_problem
+from joulemark.errors import BadInput, NotFound
 
 if TYPE_CHECKING:
     from joulemark_host.evaluation import Subject
@@ -34,28 +34,6 @@ AgentOption = Annotated[str, typer.Option("--agent", "--to", help="Address of th
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DEFAULT_DATA = Path("~/.local/share/joulemark/host")
 DEFAULT_AGENT = "http://127.0.0.1:8090"
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Runs a command line; the only place of these commands where errors are caught broadly."""
-    try:
-        return int(app(args=list(arguments), prog_name="joulemark", standalone_mode=False) or 0)
-    except typer.Exit as leave:
-        return leave.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("joulemark: stopped\n")
-        return 130
-    except (JoulemarkError, OSError) as error:
-        problem = to_problem(error)
-        sys.stderr.write(f"joulemark: {problem.message}\n" + (f"  hint: {problem.hint}\n" if problem.hint else ""))
-        return 1
-    except Exception as error:
-        # Usage errors are click's; they know how to show themselves. Anything else is a defect and keeps its traceback.
-        show = getattr(error, "show", None)
-        if show is None:
-            raise
-        show()
-        return int(getattr(error, "exit_code", 2))
 
 
 @app.callback()

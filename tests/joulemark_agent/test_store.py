@@ -28,7 +28,7 @@ from joulemark.errors import (
     Unavailable,
 )
 from joulemark.wire import FileEntry, Manifest, canonical_json, content_id
-from joulemark_agent import durable, incoming
+from joulemark_agent import incoming, refusals
 from joulemark_agent.store import Store
 from tests.fixtures.records import make_manifest, make_pack
 
@@ -450,7 +450,7 @@ def test_a_file_system_that_became_read_only(tmp_path: Path, monkeypatch: pytest
     def refused(*_: object, **__: object) -> int:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(durable.os, "open", refused)
+    monkeypatch.setattr(os, "open", refused)
     with pytest.raises(JoulemarkError, match="Read-only file system") as caught:
         store.announce(manifest_of(OTHER))
     assert caught.value.code == "not_permitted"
@@ -655,15 +655,15 @@ def test_a_wrong_pack_is_not_kept(tmp_path: Path) -> None:
 # --- durable files ----------------------------------------------------------------------------------------------------
 def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    durable.write_file(path, b"old")
+    refusals.write_file(path, b"old")
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(NoSpace, match="cannot write"):
-        durable.write_file(path, b"new")
+        refusals.write_file(path, b"new")
     monkeypatch.undo()
     assert tree(tmp_path) == {"file": b"old"}
-    durable.write_file(path, b"new")
+    refusals.write_file(path, b"new")
     assert tree(tmp_path) == {"file": b"new"}

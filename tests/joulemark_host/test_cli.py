@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from joulemark.__main__ import run as run_command
 from joulemark.errors import BadInput, Conflict, EngineFailed
 from joulemark_host import cli
 from joulemark_host.processes import Child
@@ -33,14 +34,14 @@ def data(tmp_path: Path) -> Path:
 
 def test_records_as_table_and_json(data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
-    assert cli.run(["records", "--data", str(data)]) == 0
+    assert run_command(cli.app, ["records", "--data", str(data)]) == 0
     shown = capsys.readouterr().out
     assert "run-1" in shown
     assert "40.0 %" in shown
     assert "failed" in shown
     assert "\x1b[31m" not in shown  # a board's name cannot colour the terminal
     assert "[bold]board" in shown  # and is not markup
-    assert cli.run(["records", "--data", str(data), "--task", "gsm8k_cot", "--json"]) == 0
+    assert run_command(cli.app, ["records", "--data", str(data), "--task", "gsm8k_cot", "--json"]) == 0
     (run,) = json.loads(capsys.readouterr().out)
     assert (run["run_id"], run["status"], run["problem"]["code"]) == ("run-2", "failed", "engine_failed")
 
@@ -48,18 +49,21 @@ def test_records_as_table_and_json(data: Path, capsys: pytest.CaptureFixture[str
 def test_heatmap_writes_page_and_picture(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     page, png = tmp_path / "h.html", tmp_path / "h.png"
     arguments = ["heatmap", "--metric", "accuracy", "--data", str(data), "-o", str(page), "--png", str(png)]
-    assert cli.run(arguments) == 0
+    assert run_command(cli.app, arguments) == 0
     assert page.read_text().count('<section class="figure"') == 2
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     database = str(data / "records.db")
     assert (
-        cli.run(["heatmap", "--metric", "accuracy", "--task", "arc_challenge", "--database", database, "-o", str(page)])
+        run_command(
+            cli.app,
+            ["heatmap", "--metric", "accuracy", "--task", "arc_challenge", "--database", database, "-o", str(page)],
+        )
         == 0
     )
     assert page.read_text().count('<section class="figure"') == 1
     capsys.readouterr()
     for wrong, says in ((["--metric", "speed"], "decode_rate"), (["--task", "mmlu"], "arc_challenge, gsm8k_cot")):
-        assert cli.run(["heatmap", *wrong, "--data", str(data), "-o", str(page)]) == 1
+        assert run_command(cli.app, ["heatmap", *wrong, "--data", str(data), "-o", str(page)]) == 1
         assert says in capsys.readouterr().err
 
 
@@ -76,7 +80,7 @@ def test_errors_have_a_next_step_and_a_status(tmp_path: Path, capsys: pytest.Cap
         (["run"], 2, "model"),
         (["run", "x", "--limit", "0"], 2, "--limit"),
     ):
-        assert cli.run(arguments) == status, arguments
+        assert run_command(cli.app, arguments) == status, arguments
         shown = capsys.readouterr()
         assert says in shown.err + shown.out, arguments
         assert "Traceback" not in shown.err
@@ -85,17 +89,17 @@ def test_errors_have_a_next_step_and_a_status(tmp_path: Path, capsys: pytest.Cap
 def test_a_published_model_is_named_and_pushing_to_nobody_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     model = tmp_path / "tiny.gguf"
     model.write_bytes(whole(llama()))
-    assert cli.run(["publish", str(model), "--name", "tiny", "--data", str(tmp_path / "d"), "--json"]) == 0
+    assert run_command(cli.app, ["publish", str(model), "--name", "tiny", "--data", str(tmp_path / "d"), "--json"]) == 0
     published = json.loads(capsys.readouterr().out)
     assert len(published[str(model)]) == 64
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        assert cli.run(["push", "tiny", "--to", address, "--data", str(tmp_path / "d")]) == 1
+        assert run_command(cli.app, ["push", "tiny", "--to", address, "--data", str(tmp_path / "d")]) == 1
     assert "joulemark agent" in capsys.readouterr().err
     (tmp_path / "d" / "shelf").rename(tmp_path / "moved")
     (tmp_path / "d" / "shelf").write_text("a file in the way")
-    assert cli.run(["publish", str(model), "--data", str(tmp_path / "d")]) == 1
+    assert run_command(cli.app, ["publish", str(model), "--data", str(tmp_path / "d")]) == 1
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -104,7 +108,7 @@ def test_a_port_in_use_is_one_clear_line_and_changes_nothing(tmp_path: Path, cap
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(Conflict, match="in use"):
             bind(address, False)
-        assert cli.run(["host", "--listen", address, "--data", str(tmp_path / "new")]) == 1
+        assert run_command(cli.app, ["host", "--listen", address, "--data", str(tmp_path / "new")]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"joulemark: cannot listen on {address}: Address already in use\n  hint: ")
     assert not (tmp_path / "new").exists()
@@ -130,7 +134,7 @@ def test_help_names_every_command_and_is_quick_to_import():
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
-    assert cli.run(["--help"]) == 0
+    assert run_command(cli.app, ["--help"]) == 0
 
 
 def test_a_child_that_ends_says_what_its_log_said_and_one_that_runs_is_stopped(tmp_path: Path):
@@ -160,10 +164,10 @@ def children_with(argument: str) -> list[str]:
 def test_a_terminated_demonstration_stops_what_it_started(tmp_path: Path):
     """The real command as a process: SIGTERM while its servers run; nothing stays behind."""
     code = (
-        "import sys; from joulemark_host import cli, demo\n"
+        "import sys; from joulemark.__main__ import run; from joulemark_host import cli, demo\n"
         "def wait(*a): print('ready', flush=True); import time; time.sleep(60)\n"
         "demo._publish = lambda *a: None; demo.push = wait\n"
-        f"sys.exit(cli.run(['demo', '--keep', {str(tmp_path)!r}, '--out', {str(tmp_path)!r}]))"
+        f"sys.exit(run(cli.app, ['demo', '--keep', {str(tmp_path)!r}, '--out', {str(tmp_path)!r}]))"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from joulemark.errors import BadInput, Conflict, JoulemarkError
 from joulemark.wire import Identifier
-from joulemark_agent.durable import storage_errors, write_file
+from joulemark_agent.refusals import storage_errors, write_file
 from joulemark_agent.sinks import Options, Sink, SinkUnavailable
 
 
