@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,11 @@ def storage_errors(what: str) -> Generator[None, None, None]:
 
 
 def write_file(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """`replace_file` with the tree's errors: NoSpace, or JoulemarkError with code not_permitted or storage_failed."""
+    """`replace_file` with the tree's errors: NoSpace, or JoulemarkError with code not_permitted or storage_failed.
+
+    The folder must be there: made anew, it would stand in for a stick that is not plugged in.
+    """
     with storage_errors(f"cannot write {path}"):
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
         replace_file(path, [data], mode)
