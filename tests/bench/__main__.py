@@ -266,29 +266,45 @@ def agent_figures() -> tuple[float, float]:
     return statistics.median(sizes), statistics.median(seconds)
 
 
-def figures(bench: Bench) -> Iterator[Figure]:
-    """All figures, as they are measured."""
+def measure_agent(_: Bench) -> Iterator[Figure]:
+    """What the agent costs before it does anything."""
     megabytes, seconds = agent_figures()
     yield Figure("agent: resident memory before a model is loaded", megabytes, 70, "MB", at_least=False)
     yield Figure("agent: seconds from start to ready", seconds, 2, "s", at_least=False)
 
+
+def measure_scorer(bench: Bench) -> Iterator[Figure]:
+    """What the scorer adds to the engine's own work."""
     prefill = bench.bare(512, 1)
     ours, theirs = ratio(bench.scored_tokens, lambda: bench.bare_prefill(prefill))
+    prefill.close()
     say(f"  scorer {ours:.1f} tok/s, bare 512-token decode {theirs:.1f} tok/s")
     yield Figure("tokens/s inside the scorer ÷ bare 512-token decode calls", ours / theirs, 0.95)
-    prefill.close()
 
+
+def measure_stream(bench: Bench) -> Iterator[Figure]:
+    """What the latency phase adds to it."""
     single = bench.bare(1024, 1)
     ours, theirs = ratio(bench.streamed, lambda: bench.bare_stream(single), SAMPLER_ROUNDS)
+    single.close()
     say(f"  latency phase {ours:.1f} tok/s, bare loop {theirs:.1f} tok/s")
     yield Figure("decode tok/s in the latency phase ÷ bare single-sequence loop", ours / theirs, 0.98)
-    single.close()
+
+
+def measure_sampler(bench: Bench) -> Iterator[Figure]:
+    """What sampling costs."""
     yield Figure("throughput with the sampler at 10 Hz ÷ without", sampling_cost(bench), 0.99)
 
+
+def measure_sharing(bench: Bench) -> Iterator[Figure]:
+    """What sharing prefixes gains in scoring."""
     ours, theirs = ratio(bench.scored_questions, bench.questions_alone)
     say(f"  scorer {ours:.2f} questions/s, one by one {theirs:.3f} questions/s")
     yield Figure("ARC 5-shot questions/s: scorer ÷ one request per (question, choice)", ours / theirs, 10)
 
+
+def measure_generation(bench: Bench) -> Iterator[Figure]:
+    """What batching over the shared prefix gains in generation, and what it adds to the engine's own work."""
     mean = sum(result.new_tokens for result in bench.session.generate(bench.generating)) / GENERATED_ITEMS
     batched = bench.bare(8192, SEQUENCES + 1)
     tokens, items, bare, alone = list[float](), list[float](), list[float](), list[float]()
@@ -307,6 +323,16 @@ def figures(bench: Bench) -> Iterator[Figure]:
     yield Figure(f"gsm8k_cot output tokens/s ÷ bare batched loop of {SEQUENCES} sequences", ours / theirs, 0.9)
 
 
+PARTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
+    "agent": measure_agent,
+    "scorer": measure_scorer,
+    "stream": measure_stream,
+    "sampler": measure_sampler,
+    "sharing": measure_sharing,
+    "generation": measure_generation,
+}
+
+
 def say(text: str) -> None:
     """A line now, not at the end."""
     print(text, flush=True)
@@ -316,6 +342,7 @@ def main() -> int:
     """Measure everything, print a line each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     parser.add_argument("--model", type=Path, help="a GGUF file; default: SmolLM2-135M-Instruct Q4_1")
+    parser.add_argument("--only", choices=PARTS, action="append", help="only this part; may be given several times")
     options = parser.parse_args()
     roots, cache = Roots(), sources.default_cache()
     model = options.model or sources.fetch("smollm2-135m-instruct-q4_1", cache)
@@ -326,10 +353,11 @@ def main() -> int:
         if finding.area == "contention":
             say(f"contention before: {finding.status}: {finding.text}")
     bench = Bench(model, choices, problems, usable_cores(roots))
-    done = []
-    for figure in figures(bench):
-        done.append(figure)
-        say(figure.line())
+    done: list[Figure] = []
+    for part in options.only or PARTS:
+        for figure in PARTS[part](bench):
+            done.append(figure)
+            say(figure.line())
     short = [figure for figure in done if not figure.reached]
     say("")
     for figure in done:
