@@ -269,10 +269,6 @@ class Context:
         """Drop positions from `start` (-1: all). False when this memory cannot be cut there."""
         return bool(self._llama.llama_memory_seq_rm(self._memory, sequence, start, -1))
 
-    def first_position(self, sequence: int) -> int:
-        """The first position that the memory still holds; above 0 when a window has moved on."""
-        return int(self._llama.llama_memory_seq_pos_min(self._memory, sequence))
-
     def close(self) -> None:
         if self._pointer:
             with suppress(AttributeError):
