@@ -1,8 +1,9 @@
 """Plans for scoring many requests with shared prefixes: a prefix tree cut into steps that a branching key-value memory can run.
 
 Pure: token ids in, steps out; no engine, no clock. The engine keeps one *trunk* sequence. `Extend` appends tokens to it, `Retract` cuts
-it back, `Decode` evaluates one batch of branches that all start at the trunk's end and are dropped afterwards. Every tree node
-is decoded once (unless repeating a few tokens is cheaper than a step of its own).
+it back, `Decode` evaluates one batch of branches that all start at the trunk's end and are dropped afterwards. Every tree node is decoded
+once (unless repeating a few tokens is cheaper than a call of its own). Which subtrees make a batch of their own, and which are walked with a
+longer trunk, is decided by `Costs`.
 
 The last token of a request is never decoded: its probability is read at the position before it.
 """
@@ -12,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-# A shared run shorter than this is repeated in each branch rather than given a decode call of its own: one call costs about as
-# much as eight tokens of prefill (SmolLM2-135M Q4_1 on two cores: 7 ms a call, 266 tok/s).
-SHORT_RUN = 8
+from joulemark_agent.costs import Costs
+
+
+# How many batches stay open while subtrees are shared out: enough to fill them well, and the work stays linear.
+OPEN_BATCHES = 64
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ Step = Extend | Decode | Retract
 
 @dataclass
 class Node:
-    """A run of tokens shared by the same requests. Built once, then read only."""
+    """A run of tokens shared by the same requests. The tree is built first, then planned bottom-up (`_Planner.decide`)."""
 
     start: int
     tokens: tuple[int, ...]
@@ -89,19 +92,33 @@ class Node:
     """Branches that the subtree needs."""
     ending: list[int] = field(default_factory=list[int])
     """Requests that end with this run."""
+    whole: bool = False
+    """Whether the subtree goes into one batch, as branches; else its run becomes trunk and the following stand behind it."""
+    branches: list[Node] = field(default_factory=list["Node"])
+    """What stands behind the run: the children, those with a short run replaced by theirs with the run repeated."""
+    batches: list[Batch] = field(default_factory=list["Batch"])
+    """The whole ones of `branches`, shared out over batches."""
+    cost: float = 0.0
+
+    @property
+    def end(self) -> int:
+        """The position behind the run."""
+        return self.start + len(self.tokens)
 
 
-def build_tree(requests: Sequence[Request]) -> Node:
-    """The radix tree over the decoded tokens of all requests. The root is an empty run at position 0."""
+@dataclass
+class Batch:
+    """Whole subtrees that are decoded by one call."""
+
+    nodes: list[Node]
+    size: int
+    leaves: int
+
+
+def build_tree(requests: Sequence[Request]) -> list[Node]:
+    """The radix tree over the decoded tokens of all requests: its nodes, parents first. The root is an empty run at position 0."""
     order = sorted(range(len(requests)), key=lambda index: requests[index].tokens[:-1])
-    root = Node(0, ())
-    _grow(root, requests, order, 0)
-    return root
-
-
-def _grow(node: Node, requests: Sequence[Request], order: Sequence[int], depth: int) -> None:
-    """Hang the requests in `order` (sorted, sharing their first `depth` tokens) below `node`. Iterative in depth, for long prompts."""
-    work = [(node, list(order), depth)]
+    work = [(Node(0, ()), order, 0)]
     built: list[Node] = []
     while work:
         current, members, at = work.pop()
@@ -117,6 +134,7 @@ def _grow(node: Node, requests: Sequence[Request], order: Sequence[int], depth: 
     for current in reversed(built):
         current.size = len(current.tokens) + sum(child.size for child in current.children)
         current.leaves = max(1, sum(child.leaves for child in current.children))
+    return built
 
 
 def _group(order: Sequence[int], requests: Sequence[Request], at: int) -> Iterator[list[int]]:
@@ -140,78 +158,106 @@ def _shared_end(requests: Sequence[Request], group: Sequence[int]) -> int:
     return limit
 
 
-def plan(requests: Sequence[Request], batch_tokens: int, branches: int, block: int = 1) -> Iterator[Step]:
-    """Steps that score all requests, none larger than `batch_tokens` tokens and `branches` branches.
+def plan(requests: Sequence[Request], batch_tokens: int, branches: int, costs: Costs) -> Iterator[Step]:
+    """Steps that score all requests, none larger than `batch_tokens` tokens and `branches` branches, as cheap as `costs` says.
 
-    Attention is computed over whole blocks of `block` positions, used or not: a batch is kept so small that trunk and batch end at a
-    block's border, unless that would halve it. Raises nothing for long requests: a run longer than a batch becomes trunk, in chunks.
+    Raises nothing for long requests: a run longer than a batch becomes trunk, in chunks.
     """
-    planner = _Planner(requests, batch_tokens, branches, block)
-    yield from planner.walk(build_tree(requests))
-    yield from planner.flush()
+    planner = _Planner(requests, batch_tokens, branches, costs)
+    nodes = build_tree(requests)
+    for node in reversed(nodes):
+        planner.decide(node)
+    yield from planner.walk(nodes[0])
 
 
 class _Planner:
-    """Holds the batch that is being filled."""
-
-    def __init__(self, requests: Sequence[Request], batch_tokens: int, branches: int, block: int) -> None:
+    def __init__(self, requests: Sequence[Request], batch_tokens: int, branches: int, costs: Costs) -> None:
         self._requests = requests
         self._batch_tokens = batch_tokens
         self._branches = branches
-        self._block = block
-        self._placed: list[Placed] = []
-        self._used = 0
-        self._finished: list[int] = []
+        self._costs = costs
 
-    def flush(self) -> Iterator[Step]:
-        if self._placed:
-            yield Decode(tuple(self._placed), self._used, tuple(self._finished))
-            self._placed, self._used, self._finished = [], 0, []
+    # --- bottom-up: what goes into which batch ------------------------------------------------------------------------
+    def decide(self, node: Node) -> None:
+        """Whether the subtree of `node`, whose children are decided, goes into a batch or its run becomes trunk; what is cheaper."""
+        step = self._costs.step
+        node.branches = [branch for child in node.children for branch in self._unfold(child)]
+        node.batches = self._fill(node.end, [branch for branch in node.branches if branch.whole])
+        split = sum(step(node.end, batch.size) for batch in node.batches)
+        split += sum(branch.cost for branch in node.branches if not branch.whole)
+        split += step(node.start, len(node.tokens)) if node.tokens else 0.0
+        together = step(node.start, node.size)
+        fits = node.size <= self._batch_tokens and node.leaves <= self._branches
+        node.whole = fits and bool(node.tokens) and (together <= split or not node.children)
+        node.cost = together if node.whole else split
 
-    def _room(self, trunk: int) -> int:
-        """Tokens of a batch behind a trunk of this length."""
-        aligned = (trunk + self._batch_tokens) // self._block * self._block - trunk
-        return aligned if 2 * aligned >= self._batch_tokens else self._batch_tokens
+    def _unfold(self, child: Node) -> list[Node]:
+        """The child, or what is behind it with its run in front, where that costs less than a call and batches broken for a short run."""
+        repeated = len(child.tokens) * (len(child.branches) - 1)
+        if child.whole or child.ending or not child.branches or repeated > 2 * self._costs.call:
+            return [child]
+        return [self._prefixed(child, branch) for branch in child.branches]
 
-    def walk(self, node: Node) -> Iterator[Step]:
-        room = self._room(node.start)
-        if node.size <= room and node.leaves <= self._branches and node.tokens:
-            if len(self._placed) + node.size > room or self._used + node.leaves > self._branches:
-                yield from self.flush()
-            self._pack(node)
-        elif node.tokens and len(node.tokens) < SHORT_RUN and node.children and not node.ending:
-            for child in node.children:
-                yield from self.walk(_prefixed(node, child))
-        else:
-            yield from self._as_trunk(node)
+    def _prefixed(self, parent: Node, child: Node) -> Node:
+        node = Node(parent.start, parent.tokens + child.tokens, child.requests, child.children)
+        node.size, node.leaves, node.ending = child.size + len(parent.tokens), child.leaves, child.ending
+        self.decide(node)
+        return node
 
-    def _as_trunk(self, node: Node) -> Iterator[Step]:
-        if node.tokens:
-            yield from self.flush()
-            placed = [self._place(node, offset, ()) for offset in range(len(node.tokens))]
-            for begin in range(0, len(placed), self._batch_tokens):
-                yield Extend(tuple(placed[begin : begin + self._batch_tokens]))
-        for child in node.children:
-            yield from self.walk(child)
-        if node.tokens:
-            yield from self.flush()
-            yield Retract(node.start, tuple(node.ending))
+    def _fill(self, before: int, nodes: Sequence[Node]) -> list[Batch]:
+        """First fit, the large ones first, as far as joining is worth it."""
+        batches: list[Batch] = []
+        for node in sorted(nodes, key=lambda node: -node.size):
+            for batch in batches[-OPEN_BATCHES:]:
+                if self._joins(before, batch, node):
+                    batch.nodes.append(node)
+                    batch.size += node.size
+                    batch.leaves += node.leaves
+                    break
+            else:
+                batches.append(Batch([node], node.size, node.leaves))
+        return batches
 
-    def _pack(self, node: Node) -> None:
-        """Append a whole subtree in depth-first order, so that each branch's positions rise and its token sets only narrow."""
-        first = self._used
-        self._used += node.leaves
-        stack = [(node, first)]
+    def _joins(self, before: int, batch: Batch, node: Node) -> bool:
+        fits = batch.size + node.size <= self._batch_tokens and batch.leaves + node.leaves <= self._branches
+        return fits and self._costs.saves_by_joining(before, batch.size, node.size)
+
+    # --- top-down: the steps ------------------------------------------------------------------------------------------
+    def walk(self, root: Node) -> Iterator[Step]:
+        """The steps of the whole tree. Without recursion: prefixes of prefixes may nest deeper than Python's stack."""
+        stack = [(root, False)]
         while stack:
-            current, branch = stack.pop()
-            owners = tuple(range(branch, branch + current.leaves))
-            self._placed.extend(self._place(current, offset, owners) for offset in range(len(current.tokens)))
-            self._finished.extend(current.ending)
-            below: list[tuple[Node, int]] = []
-            for child in current.children:
-                below.append((child, branch))
-                branch += child.leaves
-            stack.extend(reversed(below))
+            node, done = stack.pop()
+            if done:
+                yield Retract(node.start, tuple(node.ending))
+                continue
+            for begin in range(0, len(node.tokens), self._batch_tokens):
+                end = min(begin + self._batch_tokens, len(node.tokens))
+                yield Extend(tuple(self._place(node, offset, ()) for offset in range(begin, end)))
+            yield from map(self._decode, node.batches)
+            if node.tokens:
+                stack.append((node, True))
+            stack.extend((branch, False) for branch in node.branches if not branch.whole)
+
+    def _decode(self, batch: Batch) -> Decode:
+        """Subtrees in depth-first order, so that each branch's positions rise and its token sets only narrow."""
+        placed: list[Placed] = []
+        finished: list[int] = []
+        first = 0
+        for node in batch.nodes:
+            stack = [(node, first)]
+            first += node.leaves
+            while stack:
+                current, branch = stack.pop()
+                owners = tuple(range(branch, branch + current.leaves))
+                placed.extend(self._place(current, offset, owners) for offset in range(len(current.tokens)))
+                finished.extend(current.ending)
+                below: list[tuple[Node, int]] = []
+                for child in current.children:
+                    below.append((child, branch))
+                    branch += child.leaves
+                stack.extend(reversed(below))
+        return Decode(tuple(placed), first, tuple(finished))
 
     def _place(self, node: Node, offset: int, owners: tuple[int, ...]) -> Placed:
         position = node.start + offset
@@ -221,19 +267,6 @@ class _Planner:
             if position + 1 >= self._requests[index].scored_from and position < self._requests[index].decoded
         )
         return Placed(node.tokens[offset], position, owners, readings)
-
-
-def _prefixed(parent: Node, child: Node) -> Node:
-    """The child with its parent's short run repeated in front."""
-    return Node(
-        parent.start,
-        parent.tokens + child.tokens,
-        child.requests,
-        child.children,
-        child.size + len(parent.tokens),
-        child.leaves,
-        child.ending,
-    )
 
 
 def common_prefix(sequences: Iterable[Sequence[int]]) -> int:

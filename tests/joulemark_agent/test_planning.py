@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from joulemark_agent.costs import Costs
 from joulemark_agent.planning import Decode, Extend, Request, Retract, Step, common_prefix, plan
 
 TOKENS = st.integers(0, 3)
@@ -15,6 +16,10 @@ REQUESTS = st.lists(
     min_size=1,
     max_size=25,
 )
+
+
+CHEAP = Costs()
+SMOLLM2 = Costs(call=1.5, position=3.6e-4, block=256)
 
 
 class Memory:
@@ -58,20 +63,20 @@ class Memory:
             self.readings[key] = (list(content), reading.target)
 
 
-def replay(requests: list[Request], batch: int, branches: int, block: int = 1) -> Memory:
+def replay(requests: list[Request], batch: int, branches: int, costs: Costs = CHEAP) -> Memory:
     memory = Memory()
-    for step in plan(requests, batch, branches, block):
+    for step in plan(requests, batch, branches, costs):
         memory.run(step, batch, branches)
     assert memory.trunk == []
     return memory
 
 
 @settings(max_examples=300, deadline=None)
-@given(REQUESTS, st.integers(4, 40), st.integers(1, 8), st.sampled_from([1, 8, 16]))
+@given(REQUESTS, st.integers(4, 40), st.integers(1, 8), st.floats(0, 4), st.sampled_from([0, 0.01]))
 def test_every_position_is_read_once_in_its_own_context(
-    requests: list[Request], batch: int, branches: int, block: int
+    requests: list[Request], batch: int, branches: int, call: float, position: float
 ) -> None:
-    memory = replay(requests, batch, branches, block)
+    memory = replay(requests, batch, branches, Costs(call, position, 8))
     expected = {
         (index, position): (list(request.tokens[:position]), request.tokens[position])
         for index, request in enumerate(requests)
@@ -85,7 +90,7 @@ def test_a_request_is_finished_only_after_all_its_readings() -> None:
     requests = [Request((1, 2, 3, 4, 5, 6), 2), Request((1, 2, 3, 4, 7), 2), Request((9, 8), 1)]
     seen: set[int] = set()
     done: set[int] = set()
-    for step in plan(requests, 4, 2):
+    for step in plan(requests, 4, 2, CHEAP):
         if not isinstance(step, Retract):
             for placed in step.placed:
                 assert not {reading.request for reading in placed.readings} & done
@@ -104,21 +109,57 @@ def test_a_shared_prefix_is_decoded_once() -> None:
     memory = replay(requests, 128, 64)
     # The prefix once; per question its two own tokens once and one token per choice (the last token is never decoded).
     assert memory.decoded == len(prefix) + 20 * (2 + 4)
-    assert sum(isinstance(step, Decode) for step in plan(requests, 128, 64)) <= 3
+    assert sum(isinstance(step, Decode) for step in plan(requests, 128, 64, CHEAP)) <= 3
 
 
-def test_batches_end_at_a_block_of_the_memory() -> None:
-    prefix = tuple(range(190))
-    requests = [Request((*prefix, question + 500, 7, 8, 9), 191) for question in range(400)]
-    sizes = [len(step.placed) for step in plan(requests, 512, 128, 256) if isinstance(step, Decode)]
-    # 190 + 322 = 512 positions are two blocks; three tokens a question, so 321 of the 322 are used, in 107 branches.
-    assert sizes[:-1] == [321] * (len(sizes) - 1)
+def test_a_batch_does_not_reach_into_the_next_block_for_one_question_more() -> None:
+    prefix = tuple(range(160))
+    requests = [Request((*prefix, question + 500, *range(40), 9), 161) for question in range(50)]
+    sizes = [len(step.placed) for step in plan(requests, 512, 128, SMOLLM2) if isinstance(step, Decode)]
+    # 160 + 2 × 41 positions fit one block of 256; a third question would double what every token attends over.
+    assert sizes == [82] * 25
+    free = Costs(call=1.5, position=0.0, block=256)
+    assert max(len(step.placed) for step in plan(requests, 512, 128, free) if isinstance(step, Decode)) == 12 * 41
+
+
+def test_few_sequences_are_best_where_attention_is_dear_and_many_where_calls_are() -> None:
+    # By hand, one block = one position: (1.5 + n (1 + 3.6e-4 (730 + 190 n))) / n is least at n = sqrt(1.5 / (3.6e-4 × 190)) = 4.7.
+    assert Costs(1.5, 3.6e-4, 1).best_sequences(730, 190, 16) == 5
+    assert Costs(50, 3.6e-4, 256).best_sequences(730, 190, 16) == 16
+    assert Costs(1.5, 0.0, 256).best_sequences(730, 190, 16) == 16
+    assert SMOLLM2.best_sequences(730, 190, 3) == 3
+    assert Costs(0.0, 1e-3, 1).best_sequences(0, 100, 16) == 1
+
+
+def test_a_short_run_is_repeated_where_that_is_cheaper_than_a_call() -> None:
+    requests = [Request((1, 2, question, *range(100), 9), 2) for question in range(10, 13)]
+    repeated = list(plan(requests, 128, 64, Costs(call=2.0)))
+    assert all(isinstance(step, Decode) for step in repeated) and len(repeated) == 3
+    shared = list(plan(requests, 128, 64, Costs(call=1.0)))
+    assert isinstance(shared[0], Extend) and [placed.token for placed in shared[0].placed] == [1, 2]
 
 
 def test_long_requests_go_through_the_trunk_in_chunks() -> None:
     requests = [Request(tuple(range(1000)), 990), Request((5000, 5001), 1)]
-    chunks = [len(step.placed) for step in plan(requests, 256, 4) if isinstance(step, Extend)]
+    chunks = [len(step.placed) for step in plan(requests, 256, 4, CHEAP) if isinstance(step, Extend)]
     assert chunks == [256, 256, 256, 231]
+
+
+def test_prefixes_of_prefixes_may_nest_deeper_than_the_stack() -> None:
+    requests = [Request((*range(3 * length), 99_000 + length), 3 * length) for length in range(1, 1500)]
+    memory = replay(requests, 16, 4, Costs(call=0.0))
+    assert len(memory.readings) == len(requests) and memory.decoded == 3 * 1499
+
+
+def test_a_question_too_large_for_the_block_is_cut_where_that_is_cheaper() -> None:
+    prefix, stem = tuple(range(160)), tuple(range(500, 560))
+    requests = [Request((*prefix, *stem, 700 + choice, *range(800, 815), 9), 220) for choice in range(4)] + [
+        Request((*prefix, 1, 2, 3), 161)
+    ]
+    steps = list(plan(requests, 512, 128, SMOLLM2))
+    sizes = [(type(step).__name__, len(step.placed)) for step in steps if not isinstance(step, Retract)]
+    # In one batch of 124 tokens all of them would attend over 512 positions instead of 256.
+    assert ("Extend", 60) in sizes and sizes.count(("Decode", 32)) == 2
 
 
 def test_equal_requests_are_decoded_once_and_both_read() -> None:

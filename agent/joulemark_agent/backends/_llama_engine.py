@@ -112,11 +112,24 @@ class Model:
         self.llama.llama_model_meta_val_str(self._pointer, key.encode(), buffer, len(buffer))
         return buffer.value.decode(errors="replace")
 
+    def _head_size(self, part: str) -> int:
+        """Numbers per head of keys (`key`) or values (`value`): what the file says, else the width shared out over the heads."""
+        stated = self.metadata(f"{self.metadata('general.architecture')}.attention.{part}_length")
+        if stated is not None and stated.isdecimal():
+            return int(stated)
+        heads = max(1, self.llama.llama_model_n_head(self._pointer))
+        return int(self.llama.llama_model_n_embd(self._pointer)) // heads
+
     def cell_bytes(self) -> int:
         """Bytes of one position of the key-value memory, keys and values over all layers."""
-        head_size = self.llama.llama_model_n_embd(self._pointer) // max(1, self.llama.llama_model_n_head(self._pointer))
-        per_layer = head_size * self.llama.llama_model_n_head_kv(self._pointer)
-        return 2 * (4 if self.full_precision else 2) * per_layer * self.llama.llama_model_n_layer(self._pointer)
+        heads = self.llama.llama_model_n_head_kv(self._pointer) * self.llama.llama_model_n_layer(self._pointer)
+        return (4 if self.full_precision else 2) * heads * (self._head_size("key") + self._head_size("value"))
+
+    def attention_share(self) -> float:
+        """Multiply-adds that one position of the memory adds to a token, over those of all weights."""
+        heads = self.llama.llama_model_n_head(self._pointer) * self.llama.llama_model_n_layer(self._pointer)
+        weights = max(1, self.llama.llama_model_n_params(self._pointer))
+        return heads * (self._head_size("key") + self._head_size("value")) / weights
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids, special tokens parsed, BOS in front where the tokenizer's own default says so (tasks.md)."""
@@ -277,13 +290,17 @@ class Context:
             self._pointer = None
 
 
-def log_probability(numpy: Any) -> Callable[[Any, Sequence[int]], tuple[list[float], int]]:
+def log_probability(numpy: Any, vocabulary_size: int) -> Callable[[Any, Sequence[int]], tuple[list[float], int]]:
     """A function (row, targets) → (log-softmax at the targets, arg max), float32 with the maximum subtracted (tasks.md)."""
+    # One buffer for all rows: memory of this size comes from the kernel and would be mapped and zeroed anew each time.
+    shifted = numpy.empty(vocabulary_size, dtype=numpy.float32)
 
     def at(row: Any, targets: Sequence[int]) -> tuple[list[float], int]:
         best = int(row.argmax())
         highest = row[best]
-        total = numpy.log(numpy.exp(row - highest).sum(dtype=numpy.float32))
+        numpy.subtract(row, highest, out=shifted)
+        numpy.exp(shifted, out=shifted)
+        total = numpy.log(shifted.sum(dtype=numpy.float32))
         return [float(row[target] - highest - total) for target in targets], best
 
     return at
