@@ -72,14 +72,20 @@ class Energy:
         return self.joules / self.duration_s
 
 
-def gap_limit(times_s: Sequence[float], column: Sequence[float | None], interval_s: float) -> float:
+def tick_gap_limit(trace: Trace) -> float:
+    """The longest pause between two ticks that still counts as sampled: five times the (slowest) interval."""
+    return GAP_INTERVALS * (trace.longest_interval_s or trace.interval_s)
+
+
+def gap_limit(times_s: Sequence[float], column: Sequence[float | None], least_s: float) -> float:
     """The longest pause between two readings that still counts as covered: five times the channel's median spacing.
 
-    Costly channels are read more rarely than the sampler ticks, so the channel's own rhythm decides, not the tick's.
+    Costly channels are read more rarely than the sampler ticks, so the channel's own rhythm decides, not the tick's. It is
+    at least `least_s`, what a pause between ticks may be.
     """
     read = [time for time, value in zip(times_s, column, strict=True) if value is not None]
     steps = [right - left for left, right in pairwise(read)]
-    return GAP_INTERVALS * max(percentile(steps, 50) if steps else 0.0, interval_s)
+    return max(GAP_INTERVALS * percentile(steps, 50) if steps else 0.0, least_s)
 
 
 def times_rise(trace: Trace) -> bool:
@@ -108,7 +114,7 @@ def find_meter(trace: Trace | None) -> Meter | Absent:
             source=channel.source,
             quantity="power" if channel.quantity == "power" else "energy",
             values=values,
-            max_gap_s=gap_limit(trace.times_s, values, trace.interval_s),
+            max_gap_s=gap_limit(trace.times_s, values, tick_gap_limit(trace)),
         )
         for channel, values in totals
         if (channel.meaning or "unknown") == meaning

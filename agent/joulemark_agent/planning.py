@@ -1,9 +1,9 @@
 """Plans for scoring many requests with shared prefixes: a prefix tree cut into steps that a branching key-value memory can run.
 
-Pure: token ids in, steps out; no engine, no clock. The engine keeps one *trunk* sequence. `Extend` appends tokens to it, `Retract` cuts
-it back, `Decode` evaluates one batch of branches that all start at the trunk's end and are dropped afterwards. Every tree node is decoded
-once (unless repeating a few tokens is cheaper than a call of its own). Which subtrees make a batch of their own, and which are walked with a
-longer trunk, is decided by `Costs`.
+Pure: token ids in, steps out; no engine, no clock. The engine keeps one *trunk* sequence. `Extend` appends tokens to it, `Retract`
+cuts it back, `Decode` evaluates one batch of branches that all start at the trunk's end and are dropped afterwards. Every tree node is
+decoded once (unless repeating a few tokens is cheaper than a call of its own). Which subtrees make a batch of their own, and which are
+walked with a longer trunk, is decided by `Costs`.
 
 The last token of a request is never decoded: its probability is read at the position before it.
 """
@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from joulemark_agent.costs import Costs
-
 
 # How many batches stay open while subtrees are shared out: enough to fill them well, and the work stays linear.
 OPEN_BATCHES = 64

@@ -7,6 +7,10 @@ Ticks have absolute deadlines, start + k × interval, so that they do not drift;
 and counted, never made up for. `times_s` is taken just before a tick's first read; sensors with a total channel are
 read first, so that their time is the tick's. There is one tick at the start and one at the stop. Chunks are handed
 over by a second thread, so that a slow disk does not cost ticks.
+
+A run may last for days, and its trace must still fit into a board's memory and through its Wi-Fi. So the interval doubles
+each time `FULL_RATE_TICKS` were taken at one rate: a day at 10 Hz makes 164,000 ticks instead of 864,000. The latency phase
+stands at the beginning, and an energy counter loses nothing between ticks.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from joulemark_agent.delivery import Delivery
 from joulemark_agent.sensors import NotPresent, Options, Sensor, SensorUse, Values
 from joulemark_agent.sysfs import Roots
 
+FULL_RATE_TICKS = 36_000
+"""An hour at 10 Hz."""
 _SENSORS = "joulemark_agent.sensors"
 _READ_ERRORS = (OSError, ValueError, ArithmeticError, LookupError, RuntimeError, TypeError)
 """What a sensor may raise in a read without ending the sampling."""
@@ -114,11 +120,14 @@ class Sampler:
         chunk_s: float = 5.0,
         patience_s: float = 2.0,
         wait: Callable[[float], bool] | None = None,
+        full_rate_ticks: int = FULL_RATE_TICKS,
     ) -> None:
         if not interval_s > 0:
             raise BadInput(f"the sampling interval is {interval_s} s", "it must be above 0")
         self._sensors = list(sensors)
+        self._first_interval_s = interval_s
         self._interval_s = interval_s
+        self._full_rate_ticks = full_rate_ticks
         self._clock = clock
         self._absent = dict(absent or {})
         self._chunk_s = chunk_s
@@ -197,7 +206,8 @@ class Sampler:
                 times_s=tuple(self._times),
                 values=tuple(tuple(None if v != v else v for v in column) for column in self._columns),
                 absent={**self._absent, **notes},
-                interval_s=self._interval_s,
+                interval_s=self._first_interval_s,
+                longest_interval_s=self._interval_s if self._interval_s > self._first_interval_s else None,
                 missed_ticks=self._missed,
                 read_times_s=tuple(self._read_times),
                 cpu_s=self._cpu_s,
@@ -210,7 +220,7 @@ class Sampler:
     def _run(self) -> None:
         self._cpu_start_s = time.thread_time()
         start_s = self._clock()
-        tick, chunk, chunk_start_s = 0, list[Row](), start_s
+        tick, taken, chunk, chunk_start_s = 0, 0, list[Row](), start_s
         stopping = False
         while True:
             row = self._read_all()
@@ -222,6 +232,11 @@ class Sampler:
                 chunk, chunk_start_s = [], row.time_s
             if stopping:
                 break
+            taken += 1
+            if taken % self._full_rate_ticks == 0:
+                start_s, tick = start_s + tick * self._interval_s, 0
+                with self._lock:
+                    self._interval_s *= 2
             tick = self._next_tick(start_s, tick)
             stopping = self._wait(max(0.0, start_s + tick * self._interval_s - self._clock()))
         self._finish()
@@ -305,6 +320,7 @@ def merge(traces: Sequence[Trace]) -> Trace:
         values=tuple(tuple(column) for column in columns.values()),
         absent={name: reason for part in parts for name, reason in part.absent.items()},
         interval_s=parts[0].interval_s,
+        longest_interval_s=max((part.longest_interval_s for part in parts if part.longest_interval_s), default=None),
         missed_ticks=sum(part.missed_ticks for part in parts),
         read_times_s=tuple(t for part in parts for t in part.read_times_s),
         cpu_s=math.fsum(part.cpu_s for part in parts),

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from joulemark.metrics import METRICS
 from joulemark.wire import Absent, ItemRecord, Measure, Metric, Phase, RunRecord, Summary, Trace, Verdict
-from joulemark_agent.energy import Energy, Meter, energy_of, find_meter
+from joulemark_agent.energy import Energy, Meter, energy_of, find_meter, tick_gap_limit
 from joulemark_agent.latency import latency_metrics, median_metric
 from joulemark_agent.scores import (
     Tally,
@@ -307,7 +308,9 @@ def _sampler(trace: Trace | None) -> dict[str, Metric]:
         absent = Absent(reason="the run has no trace" if trace is None else "the sampler made no tick")
         return {"sampler_read_p95": absent, "sampler_cpu_share": absent}
     reads = trace.read_times_s
-    sampled_s = (len(trace.times_s) + trace.missed_ticks) * trace.interval_s
+    limit_s = tick_gap_limit(trace)
+    # Without the pauses between the attempts of a resumed run.
+    sampled_s = sum(step for step in (b - a for a, b in pairwise(trace.times_s)) if 0 < step <= limit_s)
     return {
         "sampler_read_p95": Measure(
             value=percentile(reads, 95), unit="s", n=len(reads), source="time of all reads of one tick"
@@ -321,5 +324,5 @@ def _sampler(trace: Trace | None) -> dict[str, Metric]:
             source=f"{trace.cpu_s:.3f} CPU seconds of the sampling thread in {sampled_s:.1f} s",
         )
         if sampled_s > 0
-        else Absent(reason="the sampling interval is zero"),
+        else Absent(reason="the sampler made a single tick"),
     }

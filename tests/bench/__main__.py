@@ -22,7 +22,7 @@ from pathlib import Path
 from joulemark import documents, packs, sources
 from joulemark.wire import PackItem
 from joulemark_agent import doctor
-from joulemark_agent.backends import Choice, Generated, GenerateRequest, Options, ScoreRequest
+from joulemark_agent.backends import Choice, Generated, GenerateRequest, Options, ScoreRequest, Token
 from joulemark_agent.backends._llama_engine import Model
 from joulemark_agent.backends.llamacpp import LlamaSession
 from joulemark_agent.machine import cpu_model, usable_cores
@@ -36,6 +36,7 @@ QUESTIONS_A_SLICE = 8
 SCORER_PAIRS = 16
 SHARING_PAIRS = 8
 GENERATION_SLICES = 6
+GENERATED_ITEMS = 36
 STREAM_TOKENS = 64
 STREAM_SLICE = 8
 STREAM_PAIRS = 60
@@ -134,29 +135,35 @@ def measure_sharing(bench: Bench) -> Iterator[Figure]:
 
 def measure_generation(bench: Bench) -> Iterator[Figure]:
     """What batching over the shared prefix gains in generation, and what it adds to the engine's own work."""
-    by_key = {request.key: request for request in bench.generating}
     session, alone = bench.session(), bench.session()
+    requests = bench.generating[:GENERATED_ITEMS]
+    by_key = {request.key: request for request in requests}
+    # A first pass warms up and tells how long the answers are, so that the bare loop can do the same work.
+    lengths = {result.key: result.new_tokens for result in session.generate(requests)}
+    slots = session.facts().sequences
+    prompts = {request.key: bench.model.tokenize(request.prompt) for request in requests}
+    bare = Batched(
+        bench.model,
+        bench.threads,
+        [(prompts[request.key], lengths[request.key]) for request in requests],
+        slots,
+        common_prefix(list(prompts.values())),
+    )
+    results = session.generate(requests)
     items, tokens = Pairs(), Pairs()
     together_s = alone_s = 0.0
     with counted() as count:
-        results = session.generate(bench.generating)
-        # The first slice reads the prefix and fills the sequences.
-        first = [next(results)]
-        slots = session.facts().sequences
-        first += islice(results, slots - 1)
-        prompts = [bench.model.tokenize(request.prompt) for request in bench.generating[:slots]]
-        prefix = common_prefix([bench.model.tokenize(request.prompt) for request in bench.generating])
-        bare = Batched(bench.model, bench.threads, prompts, prefix, prefix + slots * 512)
+        # The first sequences are started before the clock, as the last ones are still going on when it stops.
+        assert len(list(islice(results, slots))) == slots
+        bare(slots)
         for _slice in range(GENERATION_SLICES):
             before, started = count.rows, time.perf_counter()
             answered: list[Generated] = list(islice(results, slots))
             spent_s = time.perf_counter() - started
-            made = count.rows - before
-            tokens.add(made / spent_s, bare(round(made / slots)))
+            tokens.add((count.rows - before) / spent_s, bare(slots))
             started = time.perf_counter()
             for result in answered:
-                again = next(iter(alone.generate([by_key[result.key]])))
-                assert abs(again.new_tokens - result.new_tokens) <= 256
+                assert len(list(alone.generate([by_key[result.key]]))) == 1
             together_s, alone_s = together_s + spent_s, alone_s + time.perf_counter() - started
             items.add(slots / spent_s, slots / (time.perf_counter() - started))
         results.close()
@@ -168,39 +175,46 @@ def measure_generation(bench: Bench) -> Iterator[Figure]:
     yield tokens.figure(f"gsm8k_cot output tokens/s ÷ bare batched loop of {slots} sequences", 0.9)
 
 
+class Latency:
+    """The product's own stream, as the latency phase times it, with the same length and restarts as the bare one."""
+
+    def __init__(self, session: LlamaSession, prompt: str, length: int) -> None:
+        self._session = session
+        self._prompt = prompt
+        self._length = self._done = length
+        self._tokens: Iterator[Token] = iter(())
+
+    def make_room(self, tokens: int) -> None:
+        """Begin a new generation when so many tokens do not fit any more; its first token belongs to the prompt."""
+        if self._done + tokens > self._length:
+            self._tokens = self._session.stream(self._prompt, self._length + 1, Choice())
+            next(self._tokens)
+            self._done = 0
+
+    def step(self) -> None:
+        """One token."""
+        next(self._tokens)
+        self._done += 1
+
+
+def time_slice(stream: Latency | Stream, tokens: int) -> float:
+    """Tokens/s of a slice, after one token that is not timed."""
+    stream.make_room(tokens + 1)
+    stream.step()
+    started = time.perf_counter()
+    for _ in range(tokens):
+        stream.step()
+    return tokens / (time.perf_counter() - started)
+
+
 def measure_stream(bench: Bench) -> Iterator[Figure]:
     """What the latency phase adds to a bare single-sequence loop of the same length after the same prompt."""
-    session, prompt = bench.session(), bench.scoring[0].prompt
-    bare = Stream(bench.model, bench.threads, prompt, STREAM_TOKENS)
-    tokens = _endless(session, prompt)
-
-    def streamed() -> float:
-        if next(tokens) is None:  # a new generation: its first token belongs to the prompt
-            next(tokens)
-        started = time.perf_counter()
-        for _ in range(STREAM_SLICE):
-            assert next(tokens) is not None
-        return STREAM_SLICE / (time.perf_counter() - started)
-
-    def looped() -> float:
-        bare.restart_if_due()
-        bare.step()
-        started = time.perf_counter()
-        for _ in range(STREAM_SLICE):
-            bare.step()
-        return STREAM_SLICE / (time.perf_counter() - started)
-
-    pairs = take_turns(streamed, looped, STREAM_PAIRS)
+    prompt = bench.scoring[0].prompt
+    ours = Latency(bench.session(), prompt, STREAM_TOKENS)
+    theirs = Stream(bench.model, bench.threads, prompt, STREAM_TOKENS)
+    pairs = take_turns(lambda: time_slice(ours, STREAM_SLICE), lambda: time_slice(theirs, STREAM_SLICE), STREAM_PAIRS)
     say("  latency phase {:.1f} tok/s, bare loop {:.1f} tok/s".format(*pairs.rates()))
     yield pairs.figure("decode tok/s in the latency phase ÷ bare single-sequence loop", 0.98)
-
-
-def _endless(session: LlamaSession, prompt: str) -> Iterator[int | None]:
-    """The tokens of one generation after the other, each a whole number of slices and one long; None before each."""
-    length = STREAM_TOKENS // (STREAM_SLICE + 1) * (STREAM_SLICE + 1)
-    while True:
-        yield None
-        yield from (token.token for token in session.stream(prompt, length + 1, Choice()))
 
 
 def measure_sampler(bench: Bench) -> Iterator[Figure]:
@@ -209,12 +223,8 @@ def measure_sampler(bench: Bench) -> Iterator[Figure]:
     with _sampler() as toggle:
 
         def slice_with(number: signal.Signals) -> float:
-            bare.restart_if_due()
             toggle(number)
-            started = time.perf_counter()
-            for _ in range(SAMPLER_SLICE):
-                bare.step()
-            return SAMPLER_SLICE / (time.perf_counter() - started)
+            return time_slice(bare, SAMPLER_SLICE)
 
         pairs = take_turns(lambda: slice_with(signal.SIGCONT), lambda: slice_with(signal.SIGSTOP), SAMPLER_PAIRS)
         toggle(signal.SIGCONT)
@@ -264,7 +274,7 @@ def main() -> int:
     for finding in doctor.examine(roots, Path()):
         if finding.area in ("contention", "memory bandwidth"):
             say(f"{finding.area} before: {finding.status}: {finding.text}")
-    bench = Bench(model, choices, problems[:200], usable_cores(roots))
+    bench = Bench(model, choices, problems, usable_cores(roots))
     done: list[Figure] = []
     for part in options.only or PARTS:
         for figure in PARTS[part](bench):

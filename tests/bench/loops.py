@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,52 +65,76 @@ class Prefill:
 
 
 class Stream:
-    """One sequence, token by token, after a prompt; starts over after `length` tokens."""
+    """One sequence, token by token, after a prompt; starts over when `length` tokens are done."""
 
     def __init__(self, model: Model, threads: int, prompt: str, length: int) -> None:
-        self.prompt = model.tokenize(prompt)
-        self.context = Context(model, 1024, 1, 512, threads)
-        self.length = length
-        self.done = length
+        self._prompt = model.tokenize(prompt)
+        self._context = Context(model, 1024, 1, 512, threads)
+        self._length = self._done = length
 
-    def restart_if_due(self) -> None:
-        """Read the prompt again when the length is reached."""
-        if self.done >= self.length:
-            self.context.reset()
-            feed(self.context, self.prompt, 0, 0)
-            self.done = 0
+    def make_room(self, tokens: int) -> None:
+        """Read the prompt again when so many tokens do not fit into the length any more."""
+        if self._done + tokens > self._length:
+            self._context.reset()
+            feed(self._context, self._prompt, 0, 0)
+            self._done = 0
 
     def step(self) -> None:
         """One token."""
-        self.context.clear_batch()
-        self.context.add(500 + self.done, len(self.prompt) + self.done, (0,), True)
-        self.context.decode()
-        self.done += 1
+        self._context.clear_batch()
+        self._context.add(500 + self._done, len(self._prompt) + self._done, (0,), True)
+        self._context.decode()
+        self._done += 1
 
 
 class Batched:
-    """The work of generating answers to several prompts side by side: own parts of the prompts, then step after step for all sequences.
+    """Generation at its barest: `slots` sequences side by side over a common prefix, each with its own part of a prompt and so many new
+    tokens, replaced at once when it has them. No text, no stop strings, no choice of tokens.
 
-    The common prefix is in memory before the clock starts: a whole task pays for it once.
+    The prefix is in memory before the clock starts: a whole task pays for it once.
     """
 
-    def __init__(self, model: Model, threads: int, prompts: Sequence[Sequence[int]], prefix: int, cells: int) -> None:
-        self.prompts = prompts
-        self.prefix = prefix
-        self.context = Context(model, cells, len(prompts) + 1, 512, threads)
-        feed(self.context, prompts[0][:prefix], 0, 0)
+    def __init__(
+        self, model: Model, threads: int, jobs: Iterable[tuple[Sequence[int], int]], slots: int, prefix: int
+    ) -> None:
+        self._jobs = list(reversed(list(jobs)))
+        self._prefix = prefix
+        own = max(len(prompt) - prefix + new for prompt, new in self._jobs)
+        cells = -(-(prefix + slots * own) // 256) * 256
+        self._context = Context(model, cells, slots + 1, 512, threads)
+        self._free = list(range(slots, 0, -1))
+        self._running: dict[int, list[int]] = {}
+        feed(self._context, self._jobs[-1][0][:prefix], 0, 0)
 
-    def __call__(self, steps: int) -> float:
-        """Output tokens/s of one round of `steps` new tokens for every prompt."""
-        context = self.context
+    def __call__(self, finish: int) -> float:
+        """Output tokens/s until `finish` more sequences have ended."""
+        made = ended = 0
         started = time.perf_counter()
-        for sequence, prompt in enumerate(self.prompts, start=1):
+        while ended < finish:
+            while self._free and self._jobs:
+                self._begin(self._free.pop())
+                made += 1
+            made += len(self._running)
+            ended += self._step()
+        return made / (time.perf_counter() - started)
+
+    def _begin(self, sequence: int) -> None:
+        prompt, new = self._jobs.pop()
+        self._context.copy(0, sequence)
+        feed(self._context, prompt[self._prefix :], self._prefix, sequence)
+        self._running[sequence] = [len(prompt), new - 1]
+
+    def _step(self) -> int:
+        context = self._context
+        context.clear_batch()
+        for sequence, state in self._running.items():
+            context.add(500 + state[1], state[0], (sequence,), True)
+            state[0] += 1
+            state[1] -= 1
+        context.decode()
+        over = [sequence for sequence, state in self._running.items() if state[1] <= 0]
+        for sequence in over:
             context.remove(sequence)
-            context.copy(0, sequence)
-            feed(context, prompt[self.prefix :], self.prefix, sequence)
-        for step in range(steps - 1):
-            context.clear_batch()
-            for sequence, prompt in enumerate(self.prompts, start=1):
-                context.add(500 + step, len(prompt) + step, (sequence,), True)
-            context.decode()
-        return steps * len(self.prompts) / (time.perf_counter() - started)
+            del self._running[sequence]
+        self._free.extend(over)
+        return len(over)

@@ -98,6 +98,21 @@ def test_a_read_of_exactly_one_interval_misses_its_deadline_only_once() -> None:
     assert trace.missed_ticks == 3
 
 
+def test_a_long_run_is_sampled_ever_more_slowly_so_that_its_trace_stays_small() -> None:
+    found = run([Fake(lambda: (1.0,))], Script(HandClock(), 12), full_rate_ticks=5)
+    start = found.times_s[0]
+    expected = [0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.8, 2.2, 2.6]
+    assert [time - start for time in found.times_s] == pytest.approx(expected)
+    assert (found.interval_s, found.missed_ticks) == (0.1, 0)
+    assert found.longest_interval_s == pytest.approx(0.4)
+    # Two attempts: the second begins at the full rate again.
+    later = found.model_copy(
+        update={"times_s": tuple(time + 100 for time in found.times_s), "longest_interval_s": None}
+    )
+    assert merge([found, later]).longest_interval_s == found.longest_interval_s
+    assert run([Fake(lambda: (1.0,))], Script(HandClock(), 4), full_rate_ticks=5).longest_interval_s is None
+
+
 def test_on_the_real_clock_the_rate_is_kept() -> None:
     sampler = Sampler([Fake(lambda: (1.0,))], 0.02)
     sampler.start()

@@ -148,7 +148,7 @@ def test_every_metric_is_there_with_its_unit() -> None:
         ("load_time", 1.0, 1),
         ("wall_time", 20.0, 1),
         ("sampler_read_p95", 0.0004, 311),
-        ("sampler_cpu_share", 0.15 / 31.1, 311),
+        ("sampler_cpu_share", 0.15 / 31.0, 311),
     ],
 )
 def test_figures_by_hand(name: str, value: float, n: int) -> None:
@@ -654,3 +654,22 @@ def test_the_samplers_read_time_is_a_tail() -> None:
     assert figure(make_record(trace=slow), "sampler_read_p95").value == pytest.approx(0.019)
     few = make_trace().model_copy(update={"read_times_s": (0.1,) * 19})
     assert "needs 20" in reason(make_record(trace=few), "sampler_read_p95")
+
+
+def test_a_trace_that_slowed_down_covers_its_phases_and_an_interrupted_one_does_not() -> None:
+    whole = make_trace()
+    kept = [index for index, time in enumerate(whole.times_s) if time < 1015 or index % 8 == 0]
+    thinned = whole.model_copy(
+        update={
+            "times_s": tuple(whole.times_s[index] for index in kept),
+            "values": tuple(tuple(column[index] for index in kept) for column in whole.values),
+            "read_times_s": tuple(whole.read_times_s[index] for index in kept),
+        }
+    )
+    slowed = make_record(trace=thinned.model_copy(update={"longest_interval_s": 0.8}))
+    assert not [reason for reason in summarise(slowed)[1].reasons if "covers" in reason]
+    # 15 W until the step at 1030.0 s, which now lies between the readings at 1029.6 and 1030.4 s: half of 0.4 s by the trapezoid.
+    assert figure(slowed, "energy_accuracy").value == pytest.approx(15 * 19.6 + (15 + 10) / 2 * 0.4)
+    assert figure(slowed, "sampler_cpu_share").value == pytest.approx(0.15 / (thinned.times_s[-1] - thinned.times_s[0]))
+    gaps = make_record(trace=thinned)
+    assert any("covers" in reason and "accuracy" in reason for reason in summarise(gaps)[1].reasons)
