@@ -97,7 +97,7 @@ def _add_state(app: FastAPI, services: Services) -> None:
             "dropped": [entry.model_dump() for entry in outbox.dropped()],
             "rejected": [entry.model_dump() for entry in outbox.rejected()],
         }
-        notes = [note for note in (outbox.note(), services.note) if note]
+        notes = [note for note in (outbox.note(), services.note, services.jobs.trouble()) if note]
         return {
             "status": "ok",
             "version": __version__,

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 from joulemark.errors import Conflict, EngineFailed
 from joulemark.wire import Manifest
-from joulemark_agent.jobs import Library, Machine, cache_budget, choose_backend
+from joulemark_agent.fitting import cache_budget, choose_backend
+from joulemark_agent.jobs import Library, Machine
 from joulemark_agent.machine import memory_field_bytes, usable_cores
 from joulemark_agent.messages import Beat, Completed, CompletionJob, Failed, Loaded, Message, Piece, ServeJob
 from joulemark_agent.worker import Worker, WorkerStalled

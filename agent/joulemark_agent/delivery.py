@@ -12,8 +12,10 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from joulemark.errors import JoulemarkError
+
 _LOG = logging.getLogger(__name__)
-_FAILURES = (OSError, ValueError, ArithmeticError, LookupError, RuntimeError, TypeError)
+_FAILURES = (JoulemarkError, OSError, ValueError, ArithmeticError, LookupError, RuntimeError, TypeError)
 Thing = TypeVar("Thing")
 
 

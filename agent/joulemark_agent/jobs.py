@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from joulemark import packs, plugins
-from joulemark.errors import BadInput, DigestMismatch, JoulemarkError, NotFound, to_problem
+from joulemark import packs
+from joulemark.errors import BadInput, DigestMismatch, JoulemarkError, NoSpace, NotFound, to_problem
 from joulemark.wire import Clock, DeviceFacts, Manifest, Metric, Problem, RunRecord, RunSpec, RunState
 from joulemark_agent import reporting
+from joulemark_agent.fitting import cache_budget, choose_backend, misfit
 from joulemark_agent.journal import Attempt, Journal
 from joulemark_agent.machine import boot_id, memory_field_bytes, usable_cores
 from joulemark_agent.messages import (
@@ -48,9 +49,9 @@ MAX_ATTEMPTS = 10
 MAX_FRUITLESS = 2
 AGENT_STOPPED = "agent_stopped"
 POLL_S = 0.5
-# An allowance for the engine's buffers beside weights and key-value memory. The demo's worker peaked at 171 to 255 MiB (PSS) with 98 MB of
-# weights and a key-value memory of a few tens of MB.
-ENGINE_OVERHEAD_BYTES = 160 * 1024 * 1024
+# A full or read-only disk is looked at again after so long.
+DISK_PATIENCE_S = 10.0
+_DISK_REFUSES = (NoSpace.code, "not_permitted", "storage_failed")
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +116,8 @@ class Jobs:
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._cancelled: set[str] = set()
+        self._undelivered: set[str] = set()
+        self._trouble: str | None = None
         self._thread = threading.Thread(target=self._loop, name="jobs", daemon=True)
 
     # --- callers' side ------------------------------------------------------------------------------------------------
@@ -169,19 +172,37 @@ class Jobs:
         """Whether a run is going on."""
         return bool(self._journal.runs("running"))
 
+    def trouble(self) -> str | None:
+        """Why no run can go on just now, if the disk refuses."""
+        return self._trouble
+
     # --- the thread ---------------------------------------------------------------------------------------------------
     def _loop(self) -> None:
         while not self._stopping.is_set():
-            waiting = self._journal.runs("running") or self._journal.runs("queued")
-            if not waiting:
-                self._wake.wait()
-                self._wake.clear()
-                continue
-            with self._machine.lock:
-                # Busy first: whoever asks from now on must not begin anything.
-                self._journal.set_status(waiting[0].run_id, "running")
-                self._before_run()
-                self._run(waiting[0])
+            try:
+                self._work()
+                self._trouble = None
+            except (JoulemarkError, OSError) as error:
+                # The disk refuses, or the run cannot even be recorded: what is committed stays, and it goes on when it can.
+                self._trouble = f"runs wait: {error}"
+                log.exception("the run queue cannot go on; it tries again in %.0f s", DISK_PATIENCE_S)
+                self._stopping.wait(DISK_PATIENCE_S)
+
+    def _work(self) -> None:
+        """One run, or a wait for one."""
+        for run_id in tuple(self._undelivered):
+            self._undelivered.discard(run_id)
+            self._deliver(run_id)
+        waiting = self._journal.runs("running") or self._journal.runs("queued")
+        if not waiting:
+            self._wake.wait(DISK_PATIENCE_S if self._undelivered else None)
+            self._wake.clear()
+            return
+        with self._machine.lock:
+            # Busy first: whoever asks from now on must not begin anything.
+            self._journal.set_status(waiting[0].run_id, "running")
+            self._before_run()
+            self._run(waiting[0])
 
     def _run(self, spec: RunSpec) -> None:
         ended = _Ended(None)
@@ -199,8 +220,11 @@ class Jobs:
                 if not ended.again:
                     break
         except (JoulemarkError, OSError) as error:
+            problem = to_problem(error)
+            if problem.code in _DISK_REFUSES:
+                raise  # not the run's fault: it is resumed when the disk takes writes again
             log.exception("run %s failed outside its worker", spec.run_id)
-            ended = _Ended(to_problem(error))
+            ended = _Ended(problem)
         self._finish(spec, ended, memory_bandwidth)
 
     def _refuse(self, spec: RunSpec) -> _Ended | None:
@@ -210,17 +234,9 @@ class Jobs:
         attempts = self._journal.attempts(spec.run_id)
         if len(attempts) >= MAX_ATTEMPTS or self._fruitless(spec.run_id, attempts) >= MAX_FRUITLESS:
             return _Ended(attempts[-1].problem or _lost())
-        manifest = self._library.manifest(spec.artifact_id)
         available = memory_field_bytes(self._machine.roots, "MemAvailable")
-        needed = manifest.weight_bytes + ENGINE_OVERHEAD_BYTES
-        if available is not None and available < needed:
-            problem = Problem(
-                code="does_not_fit",
-                message=f"{manifest.name} needs about {needed / 1e6:.0f} MB, {available / 1e6:.0f} MB are available",
-                hint="use a smaller model or more bits off it, or stop other programs on the board",
-            )
-            return _Ended(problem)
-        return None
+        problem = misfit(available, self._library.manifest(spec.artifact_id))
+        return _Ended(problem) if problem else None
 
     def _fruitless(self, run_id: str, attempts: Sequence[Attempt]) -> int:
         """How many attempts in a row ended by the worker's fault without a single item."""
@@ -357,27 +373,13 @@ class Jobs:
         )
 
     def _deliver(self, run_id: str) -> None:
-        """Hand the record on; handing on twice is harmless, because receivers are idempotent."""
-        with contextlib.suppress(NotFound):
-            self._on_record(run_id, self._journal.record(run_id))
-
-
-def cache_budget(available_bytes: int | None, manifest: Manifest) -> int:
-    """What the key-value memory may take: half of what the weights and the engine leave of the available memory."""
-    if available_bytes is None:
-        return manifest.weight_bytes
-    return max(0, available_bytes - manifest.weight_bytes - ENGINE_OVERHEAD_BYTES) // 2
-
-
-def choose_backend(wanted: Sequence[str], artifact_format: str) -> str:
-    """The first of `wanted` that opens the format. Raises NotFound for an unknown backend, BadInput when none opens it."""
-    for name in wanted:
-        if artifact_format in plugins.load("joulemark_agent.backends", name).FORMATS:
-            return name
-    raise BadInput(
-        f"no backend of {', '.join(wanted)} opens a {artifact_format} artifact",
-        "choose one with `backend`, or export the model in another format",
-    )
+        """Hand the record on; handing on twice is harmless, because receivers are idempotent. What the disk refuses is tried again."""
+        try:
+            with contextlib.suppress(NotFound):
+                self._on_record(run_id, self._journal.record(run_id))
+        except (JoulemarkError, OSError):
+            log.exception("the record of run %s is in the journal and cannot be handed on now", run_id)
+            self._undelivered.add(run_id)
 
 
 def _lost() -> Problem:

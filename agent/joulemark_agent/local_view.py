@@ -126,9 +126,23 @@ def show_records(console: Console, records: Sequence[RunRecord]) -> None:
             table.add_row(METRICS[name].title, *cells)
     table.add_row("items answered", *[str(len(record.items)) for record in records])
     console.print(table)
+    for line in absences(records):
+        console.print(line, markup=False)
     for record in records:
         for line in _verdict_lines(record):
             console.print(line)
+
+
+def absences(records: Sequence[RunRecord]) -> list[str]:
+    """Why there are dashes: a line for every reason, with the figures that it concerns."""
+    titles: dict[str, dict[str, None]] = {}
+    for record in records:
+        metrics = record.summary.metrics if record.summary else {}
+        for name in SHOWN:
+            metric = metrics.get(name)
+            if isinstance(metric, Absent):
+                titles.setdefault(metric.reason, {})[METRICS[name].title] = None
+    return [f"— {' / '.join(named)}: {reason}" for reason, named in titles.items()]
 
 
 def _cell(record: RunRecord, name: str) -> str:
@@ -137,13 +151,14 @@ def _cell(record: RunRecord, name: str) -> str:
 
 
 def show_metric(metric: Metric) -> str:
-    """A figure with unit and interval, or a dash with the reason."""
+    """A figure with unit and interval, or a dash: `absences` has the reasons."""
     if isinstance(metric, Absent):
-        return f"— ({metric.reason[:60]})"
+        return "—"
     interval = ""
     if metric.low is not None and metric.high is not None:
         interval = f" [{show_number(metric.low, metric.unit)}–{show_number(metric.high, metric.unit)}]"
-    return f"{show_number(metric.value, metric.unit)} {_unit(metric)}{interval}".replace("  ", " ").strip()
+    glue = "" if metric.unit in ("By", "1") else " "
+    return f"{show_number(metric.value, metric.unit)}{glue}{_unit(metric)}{interval}"
 
 
 def _unit(metric: Measure) -> str:
