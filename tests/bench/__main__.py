@@ -33,7 +33,7 @@ from tests.bench.pairs import Figure, Pairs, take_turns
 from tests.fixtures.agent_process import AgentProcess
 
 QUESTIONS_A_SLICE = 8
-SCORER_PAIRS = 16
+SCORER_PAIRS = 48
 SHARING_PAIRS = 8
 GENERATION_SLICES = 6
 GENERATED_ITEMS = 36
