@@ -197,8 +197,7 @@ class Context:
         parameters.kv_unified = True
         parameters.swa_full = True
         # Without flash attention: on the CPU its accuracy depends on the batch's size (its path for few rows adds values in 16 bits), and
-        # on a float32 model branches then differ from whole sequences by 2e-3 instead of none. Against transformers 99 of 100 ARC
-        # choices were equal without it and 96 with it (SmolLM2-135M Q4_1); with it ARC was scored about a tenth faster.
+        # on a float32 model branches then differ from whole sequences by 2e-3 instead of none. With it ARC was scored about a tenth faster.
         parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if model.full_precision:
             parameters.type_k = parameters.type_v = llama.GGML_TYPE_F32
