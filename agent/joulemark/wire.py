@@ -283,8 +283,8 @@ class Trace(Wire):
     absent: dict[str, Absent]
     """Sensors that this device does not offer, and why."""
     interval_s: float
-    longest_interval_s: float | None = None
-    """The interval at the end, where the sampler slowed down in a long run; None: it never did."""
+    slowed: tuple[tuple[float, float], ...] = ()
+    """(time, interval in s from then on), where the sampler changed its interval in a long run; empty: it never did."""
     missed_ticks: int
     read_times_s: tuple[float, ...]
     """How long each tick's reads took: the sampler's own cost."""

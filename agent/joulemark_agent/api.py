@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from joulemark import __version__
-from joulemark.errors import BadInput, JoulemarkError, http_status, to_problem
+from joulemark.errors import BadInput, Conflict, JoulemarkError, http_status, to_problem
 from joulemark.packs import MAX_PACK_BYTES
 from joulemark.wire import SCHEMA, DeviceFacts, Manifest, Problem, RunSpec
 from joulemark_agent.completions import Completions
@@ -145,6 +145,8 @@ def _add_artifacts(app: FastAPI, services: Services) -> None:
 
     @app.delete("/api/artifacts/{artifact_id}", status_code=204)
     def forget(artifact_id: str) -> None:
+        if services.jobs.needs(artifact_id):
+            raise Conflict("a queued or running run needs this artifact", "cancel the run, or wait until it is over")
         store.delete(artifact_id)
 
     @app.head("/api/files/{sha256}")

@@ -13,6 +13,7 @@ Rules
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,7 +37,6 @@ class Column:
     source: str
     quantity: Literal["power", "energy"]
     values: tuple[float | None, ...]
-    max_gap_s: float
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Meter:
 
     columns: tuple[Column, ...]
     meaning: str
-    times_s: tuple[float, ...]
+    trace: Trace
 
     @property
     def source(self) -> str:
@@ -72,20 +72,21 @@ class Energy:
         return self.joules / self.duration_s
 
 
-def tick_gap_limit(trace: Trace) -> float:
-    """The longest pause between two ticks that still counts as sampled: five times the (slowest) interval."""
-    return GAP_INTERVALS * (trace.longest_interval_s or trace.interval_s)
+def interval_in(trace: Trace, window: Phase) -> float:
+    """The sampler's slowest interval (s) inside a window: it slows down in long runs."""
+    before = [interval for time, interval in trace.slowed if time <= window.start_s]
+    inside = [interval for time, interval in trace.slowed if window.start_s < time < window.end_s]
+    return max([before[-1] if before else trace.interval_s, *inside])
 
 
-def gap_limit(times_s: Sequence[float], column: Sequence[float | None], least_s: float) -> float:
+def gap_limit(times_s: Sequence[float], column: Sequence[float | None], interval_s: float) -> float:
     """The longest pause between two readings that still counts as covered: five times the channel's median spacing.
 
-    Costly channels are read more rarely than the sampler ticks, so the channel's own rhythm decides, not the tick's. It is
-    at least `least_s`, what a pause between ticks may be.
+    Costly channels are read more rarely than the sampler ticks, so the channel's own rhythm decides, not the tick's.
     """
     read = [time for time, value in zip(times_s, column, strict=True) if value is not None]
     steps = [right - left for left, right in pairwise(read)]
-    return max(GAP_INTERVALS * percentile(steps, 50) if steps else 0.0, least_s)
+    return GAP_INTERVALS * max(percentile(steps, 50) if steps else 0.0, interval_s)
 
 
 def times_rise(trace: Trace) -> bool:
@@ -114,12 +115,11 @@ def find_meter(trace: Trace | None) -> Meter | Absent:
             source=channel.source,
             quantity="power" if channel.quantity == "power" else "energy",
             values=values,
-            max_gap_s=gap_limit(trace.times_s, values, tick_gap_limit(trace)),
         )
         for channel, values in totals
         if (channel.meaning or "unknown") == meaning
     )
-    return Meter(columns, meaning, trace.times_s)
+    return Meter(columns, meaning, trace)
 
 
 def _no_meter(trace: Trace) -> str:
@@ -152,13 +152,23 @@ def energy_of(meter: Meter | Absent, windows: Sequence[Phase]) -> Energy | Absen
     )
 
 
+def _max_gap(trace: Trace, column: Column, window: Phase) -> float:
+    """A channel's rhythm is that of the whole trace, but where the sampler slowed down only the window's own counts."""
+    times, values = trace.times_s, column.values
+    if trace.slowed:
+        first, last = bisect_left(times, window.start_s), bisect_right(times, window.end_s)
+        times, values = times[first:last], values[first:last]
+    return gap_limit(times, values, interval_in(trace, window))
+
+
 def _of_window(meter: Meter, window: Phase) -> Energy | Absent:
     if not window.end_s > window.start_s:
         return Absent(reason=f"the {window.name} phase is empty")
     parts: list[WindowEnergy] = []
     for column in meter.columns:
         integrate = power_energy if column.quantity == "power" else counter_energy
-        part = integrate(meter.times_s, column.values, window.start_s, window.end_s, column.max_gap_s)
+        max_gap_s = _max_gap(meter.trace, column, window)
+        part = integrate(meter.trace.times_s, column.values, window.start_s, window.end_s, max_gap_s)
         if part.coverage < REQUIRED_COVERAGE:
             return Absent(
                 reason=f"{column.name} covers {part.coverage:.1%} of the {window.name} phase"

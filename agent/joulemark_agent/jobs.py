@@ -67,6 +67,10 @@ class Library(Protocol):
         """Raises NotFound when the file is not (completely) here."""
         ...
 
+    def manifest_of(self, artifact_id: str) -> Manifest:
+        """The manifest also of an artifact that lost a file (a damaged one). Raises NotFound."""
+        ...
+
     def pack_path(self, pack_id: str) -> Path:
         """Raises NotFound."""
         ...
@@ -171,6 +175,10 @@ class Jobs:
     def busy(self) -> bool:
         """Whether a run is going on."""
         return bool(self._journal.runs("running"))
+
+    def needs(self, artifact_id: str) -> bool:
+        """Whether a run that is not over yet is about this artifact: its record needs the manifest."""
+        return any(spec.artifact_id == artifact_id for spec in self._journal.runs("queued", "running"))
 
     def trouble(self) -> str | None:
         """Why no run can go on just now, if the disk refuses."""
@@ -290,7 +298,8 @@ class Jobs:
         numbers = itertools.count()
 
         def keep(rows: list[Row]) -> None:
-            self._journal.add_samples(spec.run_id, attempt, next(numbers), part_of_trace(channels, rows, interval_s))
+            part = part_of_trace(channels, rows, interval_s, sampler.slowed)
+            self._journal.add_samples(spec.run_id, attempt, next(numbers), part)
 
         sampler = Sampler(sensors, interval_s, on_chunk=keep, absent=absent)
         sampler.start()
@@ -365,7 +374,7 @@ class Jobs:
             spec,
             status,
             problem,
-            self._library.manifest(spec.artifact_id),
+            self._library.manifest_of(spec.artifact_id),
             packs.header(pack, spec.pack_id),
             self._machine.facts(bandwidth or reporting.not_measured()),
             self._now(),

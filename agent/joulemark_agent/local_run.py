@@ -40,6 +40,8 @@ class LocalFiles:
             raise NotFound(f"artifact {artifact_id[:12]}… is not the model of this command", "use the same model file")
         return self.model_manifest
 
+    manifest_of = manifest
+
     def file_path(self, sha256: str) -> Path:
         """The model file."""
         if sha256 != self.model_manifest.files[0].sha256:

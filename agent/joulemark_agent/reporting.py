@@ -6,7 +6,6 @@ Closes what a dead attempt left open, joins the attempts' traces where they shar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Literal
 
 from joulemark.wire import (
@@ -27,7 +26,6 @@ from joulemark.wire import (
 )
 from joulemark_agent.journal import Attempt, Journal
 from joulemark_agent.sampling import Row, merge
-from joulemark_agent.statistics import percentile
 from joulemark_agent.summary import summarise
 from joulemark_agent.verdict import Limits
 
@@ -40,18 +38,21 @@ def not_measured() -> Absent:
     return Absent(reason="the run ended before the memory bandwidth was measured")
 
 
-def part_of_trace(channels: tuple[Channel, ...], rows: Sequence[Row], interval_s: float) -> Trace:
-    """A few seconds of a trace in the wire form, as the journal keeps them until the attempt ends. `interval_s` is the first one."""
-    steps = [later.time_s - earlier.time_s for earlier, later in pairwise(rows)]
-    usual_s = percentile(steps, 50) if steps else interval_s
+def part_of_trace(
+    channels: tuple[Channel, ...],
+    rows: Sequence[Row],
+    interval_s: float,
+    slowed: tuple[tuple[float, float], ...] = (),
+) -> Trace:
+    """A few seconds of a trace in the wire form, as the journal keeps them until the attempt ends. `slowed` are the sampler's changes of
+    interval since its start."""
     return Trace(
         channels=channels,
         times_s=tuple(row.time_s for row in rows),
         values=tuple(tuple(row.values[column] for row in rows) for column in range(len(channels))),
         absent={},
         interval_s=interval_s,
-        # The sampler only ever doubles its interval; less than that is a late tick.
-        longest_interval_s=usual_s if usual_s > 1.5 * interval_s else None,
+        slowed=slowed,
         missed_ticks=0,
         read_times_s=tuple(row.read_time_s for row in rows),
         cpu_s=0.0,

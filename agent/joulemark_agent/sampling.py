@@ -127,6 +127,7 @@ class Sampler:
         self._sensors = list(sensors)
         self._first_interval_s = interval_s
         self._interval_s = interval_s
+        self._slowed: list[tuple[float, float]] = []
         self._full_rate_ticks = full_rate_ticks
         self._clock = clock
         self._absent = dict(absent or {})
@@ -156,6 +157,12 @@ class Sampler:
     def channels(self) -> tuple[Channel, ...]:
         """The columns of every row and of the trace."""
         return self._channels
+
+    @property
+    def slowed(self) -> tuple[tuple[float, float], ...]:
+        """(time, interval from then on) of every slowing down so far."""
+        with self._lock:
+            return tuple(self._slowed)
 
     @property
     def failures(self) -> dict[str, int]:
@@ -207,7 +214,7 @@ class Sampler:
                 values=tuple(tuple(None if v != v else v for v in column) for column in self._columns),
                 absent={**self._absent, **notes},
                 interval_s=self._first_interval_s,
-                longest_interval_s=self._interval_s if self._interval_s > self._first_interval_s else None,
+                slowed=tuple(self._slowed),
                 missed_ticks=self._missed,
                 read_times_s=tuple(self._read_times),
                 cpu_s=self._cpu_s,
@@ -237,6 +244,7 @@ class Sampler:
                 start_s, tick = start_s + tick * self._interval_s, 0
                 with self._lock:
                     self._interval_s *= 2
+                    self._slowed.append((start_s, self._interval_s))
             tick = self._next_tick(start_s, tick)
             stopping = self._wait(max(0.0, start_s + tick * self._interval_s - self._clock()))
         self._finish()
@@ -320,11 +328,18 @@ def merge(traces: Sequence[Trace]) -> Trace:
         values=tuple(tuple(column) for column in columns.values()),
         absent={name: reason for part in parts for name, reason in part.absent.items()},
         interval_s=parts[0].interval_s,
-        longest_interval_s=max((part.longest_interval_s for part in parts if part.longest_interval_s), default=None),
+        slowed=_slowed(parts),
         missed_ticks=sum(part.missed_ticks for part in parts),
         read_times_s=tuple(t for part in parts for t in part.read_times_s),
         cpu_s=math.fsum(part.cpu_s for part in parts),
     )
+
+
+def _slowed(parts: Sequence[Trace]) -> tuple[tuple[float, float], ...]:
+    """Every change of interval; each part begins at the full rate again."""
+    if not any(part.slowed for part in parts):
+        return ()
+    return tuple(change for part in parts for change in ((part.times_s[0], part.interval_s), *part.slowed))
 
 
 def _check_mergeable(parts: Sequence[Trace]) -> None:

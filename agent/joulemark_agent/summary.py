@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from joulemark.metrics import METRICS
 from joulemark.wire import Absent, ItemRecord, Measure, Metric, Phase, RunRecord, Summary, Trace, Verdict
-from joulemark_agent.energy import Energy, Meter, energy_of, find_meter, tick_gap_limit
+from joulemark_agent.energy import GAP_INTERVALS, Energy, Meter, energy_of, find_meter
 from joulemark_agent.latency import latency_metrics, median_metric
 from joulemark_agent.scores import (
     Tally,
@@ -303,14 +303,20 @@ def _peak(trace: Trace, quantity: str, unit: str, wanted: Callable[[str], bool],
     return Measure(value=value, unit=unit, n=n, source=f"{name}, highest of {n} readings")
 
 
+def _sampled(trace: Trace) -> float:
+    """Seconds of sampling. Where the sampler slowed down: the steps between ticks, without the pauses between attempts."""
+    if not trace.slowed:
+        return (len(trace.times_s) + trace.missed_ticks) * trace.interval_s
+    longest_s = GAP_INTERVALS * max(interval for _, interval in trace.slowed)
+    return sum(step for step in (b - a for a, b in pairwise(trace.times_s)) if 0 < step <= longest_s)
+
+
 def _sampler(trace: Trace | None) -> dict[str, Metric]:
     if trace is None or not trace.times_s:
         absent = Absent(reason="the run has no trace" if trace is None else "the sampler made no tick")
         return {"sampler_read_p95": absent, "sampler_cpu_share": absent}
     reads = trace.read_times_s
-    limit_s = tick_gap_limit(trace)
-    # Without the pauses between the attempts of a resumed run.
-    sampled_s = sum(step for step in (b - a for a, b in pairwise(trace.times_s)) if 0 < step <= limit_s)
+    sampled_s = _sampled(trace)
     return {
         "sampler_read_p95": Measure(
             value=percentile(reads, 95), unit="s", n=len(reads), source="time of all reads of one tick"
@@ -324,5 +330,5 @@ def _sampler(trace: Trace | None) -> dict[str, Metric]:
             source=f"{trace.cpu_s:.3f} CPU seconds of the sampling thread in {sampled_s:.1f} s",
         )
         if sampled_s > 0
-        else Absent(reason="the sampler made a single tick"),
+        else Absent(reason="the sampling interval is zero"),
     }

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from joulemark.wire import Absent, Measure, Metric, Phase, RunRecord, Trace, Verdict
-from joulemark_agent.energy import REQUIRED_COVERAGE, Energy, Meter, tick_gap_limit, times_rise
+from joulemark_agent.energy import GAP_INTERVALS, REQUIRED_COVERAGE, Energy, Meter, interval_in, times_rise
 from joulemark_agent.scores import Tally, TaskFacts, correct_count, score_interval
 from joulemark_agent.statistics import binomial_tail, mean, power_energy
 
@@ -176,7 +176,7 @@ def _trace(record: RunRecord, evidence: Evidence) -> Iterator[str]:
     for phase in _measured(record):
         # Constant 1 W: its coverage is that of the ticks themselves.
         ones = [1.0] * len(trace.times_s)
-        limit_s = tick_gap_limit(trace)
+        limit_s = GAP_INTERVALS * interval_in(trace, phase)
         coverage = power_energy(trace.times_s, ones, phase.start_s, phase.end_s, limit_s).coverage
         if coverage < REQUIRED_COVERAGE:
             yield (

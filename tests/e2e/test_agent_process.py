@@ -59,6 +59,33 @@ def test_kill_9_of_the_agent_in_mid_run(tmp_path: Path) -> None:
     ]
 
 
+def test_a_rotten_or_unwanted_artifact_does_not_block_the_queue(tmp_path: Path) -> None:
+    files = make_files(tmp_path / "files", SIZE)
+    specs = [make_spec(files, name) for name in ("sound", "rotten", "missing")]
+    agent = AgentProcess(tmp_path / "agent", JOULEMARK_FAKE_FAULT="slow:0.05")
+    try:
+        agent.push_model(files.model_manifest, files.model)
+        agent.push_pack(specs[0].pack_id, files.packs[specs[0].pack_id])
+        for spec in specs:
+            agent.submit(spec)
+        while agent.state("sound")["items_done"] < 2:
+            time.sleep(0.02)
+        refused = agent.client.delete(f"/api/artifacts/{specs[0].artifact_id}")
+        assert refused.status_code == 409 and "cancel the run" in refused.json()["hint"]
+        (stored,) = (tmp_path / "agent" / "store" / "files").rglob(files.model_manifest.files[0].sha256)
+        stored.chmod(0o644)
+        stored.write_bytes(stored.read_bytes()[:-1] + b"?")
+        assert agent.record("sound").status == "done"
+        codes = [problem.code for name in ("rotten", "missing") if (problem := agent.record(name).problem)]
+        assert codes == ["digest_mismatch", "not_found"]
+        agent.push_model(files.model_manifest, files.model)
+        agent.submit(make_spec(files, "again"))
+        assert agent.record("again").status == "done"
+        assert agent.client.delete(f"/api/artifacts/{specs[0].artifact_id}").status_code == 204
+    finally:
+        agent.stop()
+
+
 def test_no_worker_outlives_a_killed_agent(tmp_path: Path) -> None:
     files = make_files(tmp_path / "files", SIZE)
     spec = make_spec(files)

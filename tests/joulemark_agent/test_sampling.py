@@ -104,13 +104,12 @@ def test_a_long_run_is_sampled_ever_more_slowly_so_that_its_trace_stays_small() 
     expected = [0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.8, 2.2, 2.6]
     assert [time - start for time in found.times_s] == pytest.approx(expected)
     assert (found.interval_s, found.missed_ticks) == (0.1, 0)
-    assert found.longest_interval_s == pytest.approx(0.4)
+    assert [time - start for time, _ in found.slowed] == pytest.approx([0.4, 1.4])
+    assert [interval for _, interval in found.slowed] == pytest.approx([0.2, 0.4])
     # Two attempts: the second begins at the full rate again.
-    later = found.model_copy(
-        update={"times_s": tuple(time + 100 for time in found.times_s), "longest_interval_s": None}
-    )
-    assert merge([found, later]).longest_interval_s == found.longest_interval_s
-    assert run([Fake(lambda: (1.0,))], Script(HandClock(), 4), full_rate_ticks=5).longest_interval_s is None
+    later = found.model_copy(update={"times_s": tuple(time + 100 for time in found.times_s), "slowed": ()})
+    assert merge([found, later]).slowed == ((start, 0.1), *found.slowed, (later.times_s[0], 0.1))
+    assert run([Fake(lambda: (1.0,))], Script(HandClock(), 4), full_rate_ticks=5).slowed == ()
 
 
 def test_on_the_real_clock_the_rate_is_kept() -> None:

@@ -148,7 +148,7 @@ def test_every_metric_is_there_with_its_unit() -> None:
         ("load_time", 1.0, 1),
         ("wall_time", 20.0, 1),
         ("sampler_read_p95", 0.0004, 311),
-        ("sampler_cpu_share", 0.15 / 31.0, 311),
+        ("sampler_cpu_share", 0.15 / 31.1, 311),
     ],
 )
 def test_figures_by_hand(name: str, value: float, n: int) -> None:
@@ -666,10 +666,23 @@ def test_a_trace_that_slowed_down_covers_its_phases_and_an_interrupted_one_does_
             "read_times_s": tuple(whole.read_times_s[index] for index in kept),
         }
     )
-    slowed = make_record(trace=thinned.model_copy(update={"longest_interval_s": 0.8}))
+    slowed = make_record(trace=thinned.model_copy(update={"slowed": ((1015.0, 0.8),)}))
     assert not [reason for reason in summarise(slowed)[1].reasons if "covers" in reason]
     # 15 W until the step at 1030.0 s, which now lies between the readings at 1029.6 and 1030.4 s: half of 0.4 s by the trapezoid.
     assert figure(slowed, "energy_accuracy").value == pytest.approx(15 * 19.6 + (15 + 10) / 2 * 0.4)
     assert figure(slowed, "sampler_cpu_share").value == pytest.approx(0.15 / (thinned.times_s[-1] - thinned.times_s[0]))
+    # Before it slowed down, the limit is that of the full rate: a pause of 1.2 s in the latency phase is a gap, in the accuracy phase none.
+    for start, name, counts in ((1007.0, "latency", True), (1020.0, "accuracy", False)):
+        left = [index for index, time in enumerate(thinned.times_s) if not start < time < start + 1.2]
+        holed = thinned.model_copy(
+            update={
+                "slowed": ((1015.0, 0.8),),
+                "times_s": tuple(thinned.times_s[index] for index in left),
+                "values": tuple(tuple(column[index] for index in left) for column in thinned.values),
+                "read_times_s": tuple(thinned.read_times_s[index] for index in left),
+            }
+        )
+        found = summarise(make_record(trace=holed))[1].reasons
+        assert any("covers" in reason and name in reason for reason in found) is counts
     gaps = make_record(trace=thinned)
     assert any("covers" in reason and "accuracy" in reason for reason in summarise(gaps)[1].reasons)

@@ -16,6 +16,7 @@ from joulemark.errors import BadInput
 from joulemark.wire import EngineFacts, Problem
 from joulemark_agent.backends import Choice, Generated, GenerateRequest, Options, Scored, ScoreRequest, Session, Token
 from joulemark_agent.backends._llama_engine import Context, Model, import_numpy, log_probability
+from joulemark_agent.backends._open_score import OpenScore
 from joulemark_agent.backends._token_choice import TokenChooser
 from joulemark_agent.chat_template import render_template
 from joulemark_agent.costs import Costs
@@ -128,7 +129,7 @@ class LlamaSession:
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scored]:
         """Score all continuations of all requests; a result comes when its last continuation is done."""
         flat: list[Request] = []
-        owner: list[tuple[_OpenScore, int]] = []
+        owner: list[tuple[OpenScore, int]] = []
         for request in requests:
             opened = self._open_score(request)
             if isinstance(opened, Scored):
@@ -144,7 +145,7 @@ class LlamaSession:
             if opened.left == 0:
                 yield opened.result()
 
-    def _open_score(self, request: ScoreRequest) -> _OpenScore | Scored:
+    def _open_score(self, request: ScoreRequest) -> OpenScore | Scored:
         prompt = self._model.tokenize(request.prompt)
         sequences: list[Request] = []
         for continuation in request.continuations:
@@ -156,9 +157,9 @@ class LlamaSession:
             if len(whole) > self._window:
                 return Scored(request.key, len(prompt), problem=self._too_long(len(whole), "prompt and choice"))
             sequences.append(Request(tuple(whole), len(prompt)))
-        return _OpenScore(request.key, len(prompt), sequences)
+        return OpenScore(request.key, len(prompt), sequences)
 
-    def _run_plan(self, flat: list[Request], owner: Sequence[tuple[_OpenScore, int]]) -> Iterator[int]:
+    def _run_plan(self, flat: list[Request], owner: Sequence[tuple[OpenScore, int]]) -> Iterator[int]:
         batch = self._options.batch_tokens
         longest = max(request.decoded for request in flat)
         if self._model.recurrent:
@@ -174,7 +175,7 @@ class LlamaSession:
         for step in plan(flat, batch, branches, self._costs):
             yield from self._step(context, step, owner)
 
-    def _step(self, context: Context, step: Step, owner: Sequence[tuple[_OpenScore, int]]) -> Sequence[int]:
+    def _step(self, context: Context, step: Step, owner: Sequence[tuple[OpenScore, int]]) -> Sequence[int]:
         if isinstance(step, Retract):
             context.remove(0, step.length)
             return step.finished
@@ -191,7 +192,7 @@ class LlamaSession:
         return step.finished
 
     def _evaluate(
-        self, context: Context, placed: Sequence[Placed], branches: int | None, owner: Sequence[tuple[_OpenScore, int]]
+        self, context: Context, placed: Sequence[Placed], branches: int | None, owner: Sequence[tuple[OpenScore, int]]
     ) -> None:
         context.clear_batch()
         reading: list[Placed] = []
@@ -207,7 +208,7 @@ class LlamaSession:
                 opened, index = owner[entry.request]
                 opened.add(index, value, entry.target == best)
 
-    def _whole(self, context: Context, request: Request, opened: _OpenScore, index: int) -> None:
+    def _whole(self, context: Context, request: Request, opened: OpenScore, index: int) -> None:
         batch = context.batch_tokens
         for start in range(0, request.decoded, batch):
             context.clear_batch()
@@ -384,25 +385,3 @@ class LlamaSession:
                 "this model has no chat template", "use /v1/completions, or export the model with its chat template"
             )
         return render_template(template, messages, self._model.special_text())
-
-
-class _OpenScore:
-    """A request whose continuations are not all scored yet."""
-
-    def __init__(self, key: int, prompt_tokens: int, sequences: Sequence[Request]) -> None:
-        self.key = key
-        self.prompt_tokens = prompt_tokens
-        self.sequences = tuple(sequences)
-        self.left = len(self.sequences)
-        self._sums = [0.0] * len(self.sequences)
-        self._greedy = [True] * len(self.sequences)
-
-    def add(self, continuation: int, logprob: float, greedy: bool) -> None:
-        """Count one token of a continuation."""
-        self._sums[continuation] += logprob
-        self._greedy[continuation] &= greedy
-
-    def result(self) -> Scored:
-        """The finished scores."""
-        lengths = tuple(len(item.tokens) - item.scored_from for item in self.sequences)
-        return Scored(self.key, self.prompt_tokens, tuple(self._sums), tuple(self._greedy), lengths)
