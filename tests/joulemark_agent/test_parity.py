@@ -1,7 +1,8 @@
 """The scorer against transformers on the same (dequantised) weights, item by item.
 
 On a float32 model the two engines must agree to 1e-3 per token. On SmolLM2 in Q4_1 they cannot: llama.cpp rounds activations to eight bits.
-There the choices must be equal on 97 % of 100 ARC items, and the score within one standard error.
+There the choices must be equal on 97 % of the ARC items, and the score within one standard error. The share is close to 97 % (485 of 500),
+so a hundred items would decide by luck: 94 to 99 of the first hundred are equal, depending on how they are batched.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ def reference_logprobs(model: Any, prompt: Sequence[int], continuations: Sequenc
     """Per-token log-probabilities of each continuation, computed as lm-eval does."""
     longest = max(len(prompt) + len(part) for part in continuations)
     rows = [[*prompt, *part] + [0] * (longest - len(prompt) - len(part)) for part in continuations]
+    # Only the positions from the prompt's last token on are read; the head over all others would be most of the work.
     with torch.inference_mode():
-        logits = model(torch.tensor(rows)).logits.float().log_softmax(-1)
+        logits = model(torch.tensor(rows), logits_to_keep=longest - len(prompt) + 1).logits.float().log_softmax(-1)
     return [
-        [float(logits[row, len(prompt) - 1 + index, token]) for index, token in enumerate(part)]
-        for row, part in enumerate(continuations)
+        [float(logits[row, index, token]) for index, token in enumerate(part)] for row, part in enumerate(continuations)
     ]
 
 
@@ -86,12 +87,16 @@ def test_a_float32_model_agrees_to_a_thousandth_per_token(
     assert worst < 1e-3, f"largest difference per token {worst:.2e}"
 
 
+ITEMS = 500
+
+
 @pytest.mark.model
+@pytest.mark.timeout(1500)
 def test_smollm2_chooses_as_transformers_does() -> None:
     cache = sources.default_cache()
     path = sources.fetch("smollm2-135m-instruct-q4_1", cache)
     pack = packs.render("arc_challenge", documents.load("arc_challenge", cache))
-    items = pack.items[:100]
+    items = pack.items[:ITEMS]
     task = packs.task_module(pack)
     session, model = open_model(path), reference(path)
     requests = [ScoreRequest(item.doc_id, item.prompt, tuple(" " + text for text in item.choices)) for item in items]
@@ -113,7 +118,7 @@ def test_smollm2_chooses_as_transformers_does() -> None:
     error = standard_error(scores[1])
     assert error is not None
     mean = sum(differences) / len(differences)
-    print(f"acc_norm choices equal: {equal}/100, mean |Δ log p| per token {mean:.3f}")
-    assert equal >= 97
+    print(f"acc_norm choices equal: {equal}/{ITEMS}, mean |Δ log p| per token {mean:.3f}")
+    assert equal >= 0.97 * ITEMS
     assert abs(sum(scores[0]) - sum(scores[1])) / len(items) <= error
     assert mean < 0.1
