@@ -105,12 +105,12 @@ class Arc:
     expected: Sequence[list[list[float]]]
 
     def compare(self, session: LlamaSession, count: int) -> tuple[int, list[float], tuple[list[float], list[float]]]:
-        """The scorer on the first `count` items: choices (acc_norm) that are equal, the mean |Δ log p| per token of every choice,
-        both sides' scores."""
+        """The scorer on the first `count` items: choices (acc_norm) that are equal; per choice, the difference of its log-probability over
+        its number of tokens; both sides' scores."""
         items = self.items[:count]
         results = {result.key: result for result in session.score([request(item) for item in items])}
         equal, differences, scores = 0, list[float](), (list[float](), list[float]())
-        for item, expected in zip(items, self.expected, strict=False):
+        for item, expected in zip(items, self.expected[:count], strict=True):
             ours, theirs = results[item.doc_id].logprobs, tuple(sum(values) for values in expected)
             grades = [self.task.grade(item, Outcome(output=None, choice_logprobs=values)) for values in (ours, theirs)]
             equal += grades[0].answers["acc_norm"] == grades[1].answers["acc_norm"]
@@ -158,7 +158,9 @@ def test_on_its_dequantised_weights_smollm2_is_transformers(arc: Arc, dequantise
     session = open_model(dequantised)
     equal, differences, _ = arc.compare(session, EXACT_ITEMS)
     session.close()
-    print(f"float32: acc_norm choices equal: {equal}/{EXACT_ITEMS}, largest |Δ log p| per token {max(differences):.1e}")
+    print(
+        f"float32: acc_norm choices equal: {equal}/{EXACT_ITEMS}, largest |Δ log p| of a choice per token {max(differences):.1e}"
+    )
     assert equal == EXACT_ITEMS
     assert max(differences) < 1e-3
 
