@@ -189,7 +189,6 @@ class Jobs:
         while not self._stopping.is_set():
             try:
                 self._work()
-                self._trouble = None
             except (JoulemarkError, OSError) as error:
                 # The disk refuses, or the run cannot even be recorded: what is committed stays, and it goes on when it can.
                 self._trouble = f"runs wait: {error}"
@@ -203,12 +202,14 @@ class Jobs:
             self._deliver(run_id)
         waiting = self._journal.runs("running") or self._journal.runs("queued")
         if not waiting:
+            self._trouble = None
             self._wake.wait(DISK_PATIENCE_S if self._undelivered else None)
             self._wake.clear()
             return
         with self._machine.lock:
             # Busy first: whoever asks from now on must not begin anything.
             self._journal.set_status(waiting[0].run_id, "running")
+            self._trouble = None  # the disk takes writes again; the run itself may last for hours
             self._before_run()
             self._run(waiting[0])
 

@@ -95,7 +95,12 @@ def test_a_disk_that_is_full_in_mid_run_delays_the_run_and_loses_nothing(agent: 
     assert agent.state("patient")["status"] == "running"
     refused = agent.client.post("/api/runs", content=make_spec(files, "another").model_dump_json())
     assert refused.status_code == 507 and refused.json()["code"] == "no_space" and refused.json()["hint"]
+    stuck = agent.state("patient")["items_done"]
     filler.unlink()
+    # The note goes as soon as the run goes on, not when it ends.
+    wait_for(agent, "patient", stuck + 1)
+    notes = agent.client.get("/healthz").json()["notes"]
+    assert agent.state("patient")["status"] == "running" and notes == []
     record = agent.record("patient")
     assert record.status == "done" and [item.doc_id for item in record.items] == list(range(SIZE))
     assert record.attempts >= 2
