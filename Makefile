@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := agent host deploy tests
+SOURCES := agent exporter host deploy tests
 
 .PHONY: demo test bench install install-test lint types imports clean
 
@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml deploy/build_engine.py deploy/engine_only.cma
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "installing what the tests need (torch and transformers for the comparison: a few minutes)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[agent,llama,host,test]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[agent,llama,onnx,host,export,test]'
 	@touch $@
 
 lint: $(VENV)/.installed-test
