@@ -26,6 +26,7 @@ class Command:
 
 
 _AGENT = "joulemark_agent.cli"
+_EXPORTER = "joulemark_exporter.cli"
 _HOST = "joulemark_host.cli"
 
 COMMANDS: dict[str, Command] = {
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Command] = {
     "verify": Command(_AGENT, "agent", "compare a result item by item with lm-eval's sample file"),
     "doctor": Command(_AGENT, "agent", "what this machine has, what it lacks, and what to do about it"),
     "agent": Command(_AGENT, "agent", "serve this board: take models and tasks, run them, report"),
+    "export": Command(_EXPORTER, "export", "turn a model into a verified artifact: fold, quantize, write, verify"),
     "host": Command(_HOST, "host", "serve artifacts, take records, draw the grid"),
     "publish": Command(_HOST, "host", "put a model or task packs on the host's shelf"),
     "push": Command(_HOST, "host", "bring a published artifact to a board"),

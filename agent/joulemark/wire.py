@@ -11,7 +11,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, StringConstraints, model_serializer
 
 SCHEMA = 1
 
@@ -77,6 +77,21 @@ class FileEntry(Wire):
     sha256: Sha256
 
 
+class Step(Wire):
+    """One step of an artifact's making, and the sha256 of what it took in."""
+
+    name: Title
+    sha256: Sha256
+
+
+class Origin(Wire):
+    """Where an exported artifact comes from: the base and what was done to it, in order; the whole recipe; the tools that did it."""
+
+    steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=64)]
+    recipe: dict[str, Any]
+    tools: dict[str, Title]
+
+
 class Manifest(Wire):
     """What an artifact is. Its id is `content_id(manifest)`; it is written last when an artifact is published."""
 
@@ -94,6 +109,16 @@ class Manifest(Wire):
     chat_template_sha256: Sha256 | None = None
     tokenizer_sha256: Sha256 | None = None
     licence: Title | None = None
+    origin: Origin | None = None
+    """None for a file that was published as it came."""
+    required_memory_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Weights, key-value memory of the whole context and the engine's buffers: what a board needs free."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Fields that came later stay out while they are empty, so that the ids of older manifests do not change."""
+        values = serialize(self)
+        return {key: value for key, value in values.items() if value is not None or key not in ("origin", "required_memory_bytes")}
 
     @property
     def bits_per_weight(self) -> float:

@@ -2,9 +2,8 @@
 
     W[o, i] ≈ scales[o, g] · (integers[o, i] − zeros[o, g]),   g the group of column i
 
-Owns the type, its bounds and its arithmetic. Scales are float16, because every file that holds such matrices (GPTQ checkpoints, GGUF's Q4_0, Q4_1
-and Q8_0, ONNX's MatMulNBits) stores 16 bits: what is rounded to here is what the file says, not nearly that. Pure.
-"""
+Owns the type, its bounds and its arithmetic. Scales are float16, because every file that holds such matrices (GPTQ checkpoints, GGUF's
+Q4_0, Q4_1 and Q8_0, ONNX's MatMulNBits) stores 16 bits: what is rounded to here is what the file says, not nearly that. Pure."""
 
 from __future__ import annotations
 
@@ -56,7 +55,7 @@ class GroupQuantized:
         if groups is None:
             groups = np.arange(self.shape[1], dtype=np.int32) // self.group_size
         centred = self.integers.astype(np.float32) - self.zeros.astype(np.float32)[:, groups]
-        return self.scales.astype(np.float32)[:, groups] * centred
+        return np.multiply(self.scales.astype(np.float32)[:, groups], centred, out=centred)
 
     def rows(self, index: NDArray[np.intp]) -> GroupQuantized:
         """The same rows in another order: integers, scales and zero points move together."""

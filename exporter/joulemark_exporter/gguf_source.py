@@ -1,0 +1,187 @@
+"""A GGUF file as a source: its weights de-quantised, its configuration and tokenizer in Hugging Face's words.
+
+That is how real weights reach a machine without a hub. Owns the way back from GGUF: names, row order, added constants. The header is
+checked by `joulemark.gguf_header` before anything else is read, and rows are read one by one, never mapped. What GGUF does not state well
+enough to go back from (rotary factors as a tensor, mixtures of experts) is refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gguf
+import numpy as np
+
+from joulemark import durable, plugins
+from joulemark.artifact import hash_file
+from joulemark.errors import BadInput
+from joulemark.gguf_header import Header, TensorInfo, read_header
+from joulemark_exporter import ggml, hub_tokenizer
+from joulemark_exporter.families import PACKAGE, Config, Placement, Tensor
+from joulemark_exporter.weights import Float32, Model, Weight
+
+ACTIVATIONS = {"llama": "silu", "qwen2": "silu", "qwen3": "silu"}
+GELU = "gelu_pytorch_tanh"
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+
+
+def open_file(path: Path, cache: Path) -> Model:
+    """The model in a GGUF file. Its configuration and tokenizer are written to the cache once. Raises ModelRejected, BadInput."""
+    header = read_header(path)
+    family = _family(header)
+    digest = hash_file(path)
+    config = _config(header, family)
+    folder = cache / "from-gguf" / digest[:32]
+    if not (folder / "config.json").is_file():
+        hub_tokenizer.write(gguf.GGUFReader(path), folder)
+        durable.replace_file(folder / "config.json", [json.dumps(config, indent=1).encode()])
+    by_name = {tensor.name: tensor for tensor in header.tensors}
+    weights = {item.name: _weight(path, item, by_name) for item in family.tensors(config)}
+    return Model(folder, config, weights, ((f"GGUF file {header.quantization}", digest),))
+
+
+def _family(header: Header) -> ModuleType:
+    for name in plugins.names(PACKAGE):
+        family = plugins.load(PACKAGE, name)
+        if header.architecture == family.GGUF and family.MODEL_TYPES[0] in CLASSES:
+            return family
+    raise BadInput(
+        f"GGUF files of architecture {header.architecture!r} cannot be a source",
+        "give the Hugging Face folder of this model; GGUF sources are read for " + ", ".join(sorted(CLASSES)),
+    )
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+def _config(header: Header, family: ModuleType) -> Config:
+    """config.json, with the rotary settings in both generations' keys."""
+    values: dict[str, Any] = {
+        key.removeprefix(f"{header.architecture}."): value
+        for key, value in header.metadata.items()
+        if key.startswith(f"{header.architecture}.")
+    }
+    names = {tensor.name for tensor in header.tensors}
+    if "rope_freqs.weight" in names or "rope.scaling.type" in values or "expert_count" in values:
+        raise BadInput(
+            "this GGUF holds scaled rotary factors or experts, which cannot be turned back into a configuration",
+            "give the Hugging Face folder of this model",
+        )
+    heads = _whole(values, "attention.head_count")
+    width = _whole(values, "embedding_length")
+    theta = float(values.get("rope.freq_base", 10000.0))
+    model_type = family.MODEL_TYPES[0]
+    config: Config = {
+        "architectures": [CLASSES[model_type]],
+        "model_type": model_type,
+        "hidden_size": width,
+        "intermediate_size": _whole(values, "feed_forward_length"),
+        "num_hidden_layers": _whole(values, "block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(values.get("attention.head_count_kv", heads)),
+        "head_dim": int(values.get("attention.key_length", values.get("rope.dimension_count", width // heads))),
+        "rms_norm_eps": _shortest(float(values["attention.layer_norm_rms_epsilon"])),
+        "max_position_embeddings": _whole(values, "context_length"),
+        "vocab_size": _vocabulary(header),
+        "tie_word_embeddings": "output.weight" not in names,
+        "hidden_act": ACTIVATIONS.get(model_type, GELU),
+        "hidden_activation": ACTIVATIONS.get(model_type, GELU),
+        "attention_bias": False,
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "dtype": "float32",
+    }
+    return {**config, **_windows(values, theta), **_special(header)}
+
+
+def _windows(values: Mapping[str, Any], theta: float) -> Config:
+    """The keys of Gemma's windowed layers."""
+    found: Config = {}
+    if "attention.sliding_window" in values:
+        found["sliding_window"] = _whole(values, "attention.sliding_window")
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if key in values:
+            found[key] = float(values[key])
+    if "rope.freq_base_swa" in values:
+        local = float(values["rope.freq_base_swa"])
+        kinds = {"full_attention": theta, "sliding_attention": local}
+        found["rope_parameters"] = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in kinds.items()}
+        found["rope_local_base_freq"] = local
+    return found
+
+
+def _special(header: Header) -> Config:
+    ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    found = {key: header.metadata.get(f"tokenizer.ggml.{word}_token_id") for key, word in ids.items()}
+    return {key: value for key, value in found.items() if isinstance(value, int)}
+
+
+def _vocabulary(header: Header) -> int:
+    """Rows of the embedding: the last dimension in ggml's order."""
+    return next(tensor.shape[-1] for tensor in header.tensors if tensor.name == "token_embd.weight")
+
+
+def _whole(values: Mapping[str, Any], key: str) -> int:
+    value = values.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise BadInput(
+            f"the GGUF states {key} = {value!r}", "the file is damaged, or its layers differ from one another"
+        )
+    return value
+
+
+def _shortest(value: float) -> float:
+    """The number that a person wrote: GGUF keeps 32 bits, in which 1e-5 reads 9.99999974e-06."""
+    return float(str(np.float32(value)))
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+def _weight(path: Path, item: Tensor, stored: Mapping[str, TensorInfo]) -> Weight:
+    place = item.placement
+    if place is None or place.name not in stored:
+        raise BadInput(
+            f"the GGUF lacks the tensor of {item.name}", "the file is damaged or of another variant of the architecture"
+        )
+    info = stored[place.name]
+    shape = tuple(reversed(info.shape))
+    if shape != item.shape:
+        raise BadInput(f"{info.name} has shape {shape}, its header implies {item.shape}", "the file is damaged")
+    if info.type_name not in ggml.WRITABLE:
+        raise BadInput(f"{info.name} is stored as {info.type_name}, which cannot be read", "use a file of another type")
+    return Weight(item.name, item.shape, info.type_name, functools.partial(_rows, path, info, place))
+
+
+def _rows(path: Path, info: TensorInfo, place: Placement, start: int, stop: int) -> Float32:
+    vector = len(info.shape) == 1
+    columns = info.shape[0]
+    count = 1 if vector else info.shape[1]
+    if place.row_order is not None and not vector:
+        values = np.empty((count, columns), np.float32)
+        values[place.row_order] = _read(path, info, columns, 0, count)
+        return np.ascontiguousarray(values[start:stop])
+    if not vector:
+        return _read(path, info, columns, start, stop)
+    values = _read(path, info, columns, 0, 1)[0]
+    if place.row_order is not None:
+        values, permuted = np.empty_like(values), values
+        values[place.row_order] = permuted
+    return np.ascontiguousarray(values[start:stop] - np.float32(place.add))
+
+
+def _read(path: Path, info: TensorInfo, columns: int, start: int, stop: int) -> Float32:
+    size = ggml.row_bytes(info.type_name, columns)
+    with path.open("rb") as file:
+        data = os.pread(file.fileno(), (stop - start) * size, info.offset + start * size)
+    if len(data) != (stop - start) * size:
+        raise BadInput(f"{path} ends within {info.name}", "the file is cut short: fetch it again")
+    return ggml.decode(np.frombuffer(data, np.uint8).reshape(stop - start, size), info.type_name, columns)

@@ -1,0 +1,59 @@
+"""llama.cpp's own quantizer, with our importance matrix and types by tensor: Q4_K_M, IQ4_XS and whatever else it knows.
+
+Which tensor gets which type is decided by llama.cpp, so that the result is what people call Q4_K_M. This module only states what it is
+given."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from joulemark.errors import BadInput
+from joulemark.gguf_format import FILE_TYPES
+from joulemark_exporter import ggml, importance
+from joulemark_exporter.quantizers import ByEngine, Choices, Task
+from joulemark_exporter.recipe import Settings
+
+NEEDS = frozenset({"importance"})
+
+
+class Options(Settings):
+    """`type` is llama.cpp's file type. `tensors` overrides it: a regular expression on GGUF names → tensor type, first match wins."""
+
+    type: str = "Q4_K_M"
+    weighted: bool = True
+    """False: without importance matrix."""
+    tensors: dict[str, str] = {}  # noqa: RUF012 - pydantic copies defaults
+    pure: bool = False
+    """Every matrix the same type, instead of llama.cpp's mixture."""
+
+
+def check(task: Task, options: Options) -> None:
+    """See the contract."""
+    if options.type not in FILE_TYPES.values():
+        raise BadInput(
+            f"llama.cpp has no file type {options.type!r}", f"known: {', '.join(sorted(FILE_TYPES.values()))}"
+        )
+    for pattern, type_name in options.tensors.items():
+        ggml.block(type_name)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise BadInput(
+                f"{pattern!r} is not a regular expression: {error}", "write a pattern on GGUF's tensor names"
+            ) from error
+    if not task.family.GGUF:
+        raise BadInput("llama.cpp's quantizer works on GGUF, which this architecture has not", "use another quantizer")
+
+
+def quantize(task: Task, options: Options) -> Choices:
+    """See the contract."""
+    measured: Any = {}
+    about: dict[str, Any] = {"calibration": None}
+    if options.weighted:
+        measured, windows = importance.measure(task)
+        about = {"calibration": {"text": windows.text, "sha256": windows.sha256}}
+    by_engine = ByEngine(options.type, dict(options.tensors), measured, options.pure)
+    tables = {"importance.json": json.dumps(about).encode()}
+    return Choices({}, options.type + (" imatrix" if options.weighted else ""), tables, by_engine)

@@ -1,0 +1,22 @@
+"""The writer plug-in contract: one file a format, chosen by `use` in the recipe's [writer] (GGUF when there is none).
+
+A writer module offers
+
+    class Options(Settings)                          its keys in the recipe
+    check(task, options) -> None                     raises BadInput for what cannot be written, before anything is computed
+    write(task, choices, folder, options) -> Written the files in `folder`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Written:
+    """`files` in the order in which a board opens them: the first is the one that its engine is given."""
+
+    files: tuple[Path, ...]
+    engine: str
+    """The plug-in of `engines` that opens it."""
