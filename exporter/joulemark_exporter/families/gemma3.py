@@ -6,7 +6,7 @@ from joulemark.errors import BadInput
 from joulemark_exporter import configuration
 from joulemark_exporter.families import Config, Tensor, Value, _decoder
 from joulemark_exporter.families._decoder import EMBEDDING, LAYERS, LINEARS, PREFIX
-from joulemark_exporter.families.gemma2 import NORMS
+from joulemark_exporter.families.gemma2 import NORMS, check_scale
 from joulemark_exporter.weights import Float32
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
 MODEL_TYPES = ("gemma3_text",)
 TIED = True
 GGUF = "gemma3"
+LARGE_LAYERS = 62
+"""Of the 27B model."""
 PERIOD = 6
 """llama.cpp's gemma3 has every sixth layer full and takes no other pattern."""
 
@@ -44,6 +46,7 @@ def metadata(config: Config) -> dict[str, Value]:
     ]
     if kinds is not None and kinds != pattern:
         raise BadInput(f"the layers are not windowed as llama.cpp's gemma3 has them: {kinds}", "use the ONNX format")
+    check_scale(config, LARGE_LAYERS)
     values = _decoder.metadata({"head_dim": 256, **config})
     local = configuration.rope(config, "sliding_attention")
     values |= {
