@@ -25,7 +25,7 @@ import numpy as np
 from joulemark import __version__, artifact, durable, plugins
 from joulemark.errors import BadInput, Conflict, NoSpace, NotFound
 from joulemark.wire import FileEntry, Manifest, Origin, Step, content_id
-from joulemark_exporter import calibration, families, models, recipe, texts, verify
+from joulemark_exporter import calibration, families, lora, models, recipe, texts, verify
 from joulemark_exporter.quantizers import Choices, Task
 from joulemark_exporter.recipe import Recipe
 from joulemark_exporter.weights import Model, Weight
@@ -94,8 +94,6 @@ def _fold(model: Model, request: Request) -> Model:
     named = [(Path(item.path), item.scale) for item in request.recipe.adapters] + list(request.adapters)
     if not named:
         return model
-    from joulemark_exporter import lora
-
     return lora.fold(model, [(lora.read_adapter(path.expanduser()), scale) for path, scale in named])
 
 

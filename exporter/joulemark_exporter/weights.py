@@ -8,7 +8,7 @@ Reading is lazy, so that a model far larger than the memory passes through.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,3 @@ class Model:
     def model_type(self) -> str:
         """The family's key in transformers, such as `llama`."""
         return str(self.config["model_type"])
-
-    def with_weights(self, changed: Mapping[str, Weight], step: tuple[str, str]) -> Model:
-        """The same model with some weights replaced, and the step that did it in its lineage."""
-        return replace(self, weights={**self.weights, **changed}, lineage=(*self.lineage, step))

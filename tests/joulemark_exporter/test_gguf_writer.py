@@ -119,8 +119,12 @@ def test_llama_cpp_has_no_opt(tmp_path: Path) -> None:
         writer.check(task(tmp_path / "model", tmp_path), writer.Options())
 
 
-@pytest.mark.parametrize(("bits", "symmetric", "kind"), [(4, True, "Q4_0"), (4, False, "Q4_1"), (8, True, "Q8_0"), (3, True, "Q4_0")])
-def test_the_integers_in_the_file_are_those_that_were_chosen(bits: int, symmetric: bool, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "kind"), [(4, True, "Q4_0"), (4, False, "Q4_1"), (8, True, "Q8_0"), (3, True, "Q4_0")]
+)
+def test_the_integers_in_the_file_are_those_that_were_chosen(
+    bits: int, symmetric: bool, kind: str, tmp_path: Path
+) -> None:
     hub_models.write(tmp_path / "model", "llama")
     given = task(tmp_path / "model", tmp_path)
     options = rtn.Options(bits=bits, symmetric=symmetric)  # pyright: ignore[reportArgumentType]
@@ -166,7 +170,9 @@ def test_a_damaged_weight_is_found_before_the_file_is_whole(tmp_path: Path) -> N
         return values
 
     bad = dataclasses.replace(given.model.weights[name], read=damaged)
-    broken = dataclasses.replace(given, model=given.model.with_weights({name: bad}, ("test", "0" * 64)))
+    broken = dataclasses.replace(
+        given, model=dataclasses.replace(given.model, weights={**given.model.weights, name: bad})
+    )
     choices = none.quantize(broken, none.Options(type="F16"))
     with pytest.raises(BadInput, match=r"layers\.1\.mlp\.up_proj"):
         writer.write(broken, choices, tmp_path, writer.Options())
