@@ -101,6 +101,9 @@ def _config(header: Header, family: ModuleType) -> Config:
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "dtype": "float32",
     }
+    if hasattr(family, "check_scale"):
+        large = config["num_hidden_layers"] == family.LARGE_LAYERS
+        config["query_pre_attn_scalar"] = width // heads if large else config["head_dim"]
     return {**config, **_windows(values, theta), **_special(header)}
 
 

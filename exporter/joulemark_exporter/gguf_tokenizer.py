@@ -48,10 +48,10 @@ def read(folder: Path, size: int, pre: str | None = None) -> Vocabulary:
 
     Raises NotFound without a tokenizer, BadInput for one that llama.cpp has no kind for or that does not fit the embedding.
     """
-    special = gguf.SpecialVocab(folder, load_merges=False, n_vocab=size)
     if (folder / "tokenizer.model").is_file():
-        return _from_sentencepiece(folder, size, special)
+        return _from_sentencepiece(folder, size, _special(folder, size))
     tokenizer = _json(folder / "tokenizer.json")
+    special = _special(folder, size)
     model = tokenizer.get("model")
     if not isinstance(model, Mapping) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), Mapping):
         kind = model.get("type") if isinstance(model, Mapping) else None
@@ -77,6 +77,20 @@ def add(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     if vocabulary.space_prefix is not None:
         writer.add_add_space_prefix(vocabulary.space_prefix)
     vocabulary.special.add_to_gguf(writer, quiet=True)
+
+
+def _special(folder: Path, size: int) -> gguf.SpecialVocab:
+    """Special ids, what a text begins and ends with, the chat template. Raises BadInput.
+
+    Whether a text begins with the special token is always stated: llama.cpp's own default depends on the pre-tokenizer's name.
+    """
+    _settings(folder)
+    try:
+        special = gguf.SpecialVocab(folder, load_merges=False, n_vocab=size)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"the tokenizer's settings in {folder} cannot be read: {error!r}", "the files are damaged") from error
+    special.add_special_token.setdefault("bos", (folder / "tokenizer.model").is_file())
+    return special
 
 
 def _json(path: Path) -> dict[str, Any]:
