@@ -47,9 +47,13 @@ def open_file(path: Path, cache: Path) -> Model:
     if not (folder / "config.json").is_file():
         hub_tokenizer.write(gguf.GGUFReader(path), folder)
         durable.replace_file(folder / "config.json", [json.dumps(config, indent=1).encode()])
-    by_name = {tensor.name: tensor for tensor in header.tensors}
-    weights = {item.name: _weight(path, item, by_name) for item in family.tensors(config)}
-    return Model(folder, config, weights, ((f"GGUF file {header.quantization}", digest),))
+    return Model(folder, config, weights(path, family, config), ((f"GGUF file {header.quantization}", digest),))
+
+
+def weights(path: Path, family: ModuleType, config: Config) -> dict[str, Weight]:
+    """Every tensor of the model as this file gives it back, by state_dict name. Raises ModelRejected, BadInput."""
+    by_name = {tensor.name: tensor for tensor in read_header(path).tensors}
+    return {item.name: _weight(path, item, by_name) for item in family.tensors(config)}
 
 
 def _family(header: Header) -> ModuleType:

@@ -88,7 +88,9 @@ def _special(folder: Path, size: int) -> gguf.SpecialVocab:
     try:
         special = gguf.SpecialVocab(folder, load_merges=False, n_vocab=size)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"the tokenizer's settings in {folder} cannot be read: {error!r}", "the files are damaged") from error
+        raise BadInput(
+            f"the tokenizer's settings in {folder} cannot be read: {error!r}", "the files are damaged"
+        ) from error
     special.add_special_token.setdefault("bos", (folder / "tokenizer.model").is_file())
     return special
 

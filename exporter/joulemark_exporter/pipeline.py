@@ -15,7 +15,7 @@ import resource
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,15 @@ from typing import Any
 import numpy as np
 
 from joulemark import __version__, artifact, durable, plugins
-from joulemark.errors import BadInput, Conflict, NoSpace, NotFound
+from joulemark.errors import BadInput, Conflict, DigestMismatch, NoSpace, NotFound
 from joulemark.wire import FileEntry, Manifest, Origin, Step, content_id
-from joulemark_exporter import calibration, families, lora, models, recipe, texts, verify
+from joulemark_exporter import calibration, families, gguf_source, lora, models, recipe, texts, verify
 from joulemark_exporter.quantizers import Choices, Task
 from joulemark_exporter.recipe import Recipe
 from joulemark_exporter.weights import Model, Weight
 from joulemark_exporter.writers import Written
 
 PIECE = 1 << 22
-PROBE_WINDOWS = 8
-PROBE_TOKENS = 256
 INPUTS = "inputs.json"
 TOOLS = ("gguf", "llama-cpp-python", "numpy", "torch", "transformers")
 
@@ -50,7 +48,6 @@ class Request:
     cache: Path
     threads: int
     adapters: tuple[tuple[Path, float], ...] = ()
-    probe_windows: int = PROBE_WINDOWS
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,8 @@ def export(request: Request, say: Say) -> Exported:
     writer = plugins.load(recipe.WRITERS, chosen.writer_name)
     with _working_folder(request, model) as work:
         task = _task(request, model, work, say)
-        quantizer.check(task, chosen.quantizer)
-        writer.check(task, chosen.writer)
+        writer.check(task, chosen.writer, quantizer.check(task, chosen.quantizer))
+        probe_text(request)
         _check_space(request.out, model)
         if quantizer.NEEDS:
             _look_at_weights(model, say)
@@ -196,22 +193,28 @@ def _manifest(request: Request, task: Task, choices: Choices, written: Written) 
     """The artifact's description, with its tables among the files."""
     main = written.files[0]
     manifest = artifact.describe(main, task.name, task.licence)
+    if written.sha256 is not None and written.sha256 != manifest.files[0].sha256:
+        raise DigestMismatch(
+            f"{main.name} is not what was written",
+            "the disk or the memory of this machine is failing: nothing was published",
+        )
     extra: list[FileEntry] = []
     for name, content in sorted(choices.tables.items()):
         durable.replace_file(main.parent / name, [content])
         extra.append(FileEntry(path=name, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest()))
     origin = _origin(request, task.model)
-    return manifest.model_copy(
-        update={"origin": origin, "files": (*manifest.files, *extra), "quantization": choices.title}
-    )
+    changed = {"origin": origin, "files": (*manifest.files, *extra), "quantization": choices.title}
+    return Manifest.model_validate({**dict(manifest), **changed})
 
 
 def _verify(request: Request, task: Task, written: Written, manifest: Manifest) -> verify.Findings:
     """Through the engine that boards use. Raises BadInput when a limit of the recipe is not kept."""
     engine, path = written.engine, written.files[0]
     verify.check_text(engine, path, task.model, request.threads)
-    text = probe_text(request.cache)
-    windows = calibration.windows(task.model, text, request.probe_windows, PROBE_TOKENS, None)
+    asked = request.recipe.probe
+    windows = calibration.windows(task.model, probe_text(request), asked.windows, asked.tokens, None)
+    read_back = replace(task.model, weights=gguf_source.weights(path, task.family, task.model.config))
+    verify.check_faithful(engine, path, read_back, task.family, windows, request.threads)
     walk, states = verify.reference_states(task.model, task.family, windows.tokens, task.say)
     findings = verify.compare(engine, path, windows, walk, states, request.threads)
     broken = verify.failures(findings, manifest.bits_per_weight, request.recipe.limits)
@@ -223,12 +226,21 @@ def _verify(request: Request, task: Task, written: Written, manifest: Manifest) 
     return findings
 
 
-def probe_text(cache: Path) -> texts.Text:
-    """WikiText-2's test split where the user has it, else novels: never a text of the calibration sets."""
+def probe_text(request: Request) -> texts.Text:
+    """What the recipe names; else WikiText-2's test split where the user has it, else novels. Raises BadInput for the calibration's own
+    text."""
+    named = request.recipe.probe.text
+    if named is not None and named == request.recipe.calibration.dataset:
+        raise BadInput(
+            f"the probe text is the calibration text ({named})",
+            "what was calibrated on cannot show what was lost: name another one",
+        )
+    if named is not None:
+        return texts.load(named, request.cache)
     try:
-        return texts.load("wikitext-2-test", cache)
+        return texts.load("wikitext-2-test", request.cache)
     except NotFound:
-        return texts.load("novels", cache)
+        return texts.load("novels", request.cache)
 
 
 def _publish(request: Request, task: Task, written: Written, manifest: Manifest, findings: verify.Findings) -> Exported:
@@ -239,7 +251,7 @@ def _publish(request: Request, task: Task, written: Written, manifest: Manifest,
         "bits_per_weight": manifest.bits_per_weight,
         "weight_bytes": manifest.weight_bytes,
         "findings": asdict(findings),
-        "probe": probe_text(request.cache).name,
+        "probe": probe_text(request).name,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     artifact_id = artifact.publish(request.out, manifest, sources)

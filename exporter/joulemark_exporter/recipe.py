@@ -44,10 +44,20 @@ class AdapterSettings(Settings):
 class CalibrationSettings(Settings):
     """[calibration]: the text from which the quantizers learn what matters. Never an evaluation item."""
 
-    dataset: Identifier = "passages"
+    dataset: Annotated[str, Field(min_length=1)] = "passages"
+    """A known text (`texts.names()`) or the path of a text file."""
     samples: Annotated[int, Field(ge=1, le=100_000)] = 128
     tokens: Annotated[int, Field(ge=8, le=32_768)] = 512
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+
+
+class ProbeSettings(Settings):
+    """[probe]: the text on which the artifact is compared with the unquantized model. None: WikiText-2's test split where it is, else
+    novels."""
+
+    text: Annotated[str, Field(min_length=1)] | None = None
+    windows: Annotated[int, Field(ge=1, le=100_000)] = 8
+    tokens: Annotated[int, Field(ge=8, le=32_768)] = 256
 
 
 class Limits(Settings):
@@ -73,6 +83,7 @@ class Recipe(Settings):
     writer: Settings
     adapters: tuple[AdapterSettings, ...] = ()
     calibration: CalibrationSettings = CalibrationSettings()
+    probe: ProbeSettings = ProbeSettings()
     limits: Limits = Limits()
 
     def plain(self) -> dict[str, Any]:
@@ -101,7 +112,7 @@ def parse(text: str, where: str = "the recipe") -> Recipe:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"{where} is not TOML: {error}", "see `joulemark export --help` for an example") from error
-    known = ("name", "licence", "quantizer", "writer", "adapters", "calibration", "limits")
+    known = ("name", "licence", "quantizer", "writer", "adapters", "calibration", "probe", "limits")
     for key in values:
         if key not in known:
             raise BadInput(f"{where}: unknown key {key!r}", _nearest(key, known))
@@ -121,6 +132,7 @@ def parse(text: str, where: str = "the recipe") -> Recipe:
             "writer": writer,
             "adapters": tuple(_validated(AdapterSettings, item, f"{where}, [[adapters]]") for item in adapters),
             "calibration": _validated(CalibrationSettings, values.get("calibration", {}), f"{where}, [calibration]"),
+            "probe": _validated(ProbeSettings, values.get("probe", {}), f"{where}, [probe]"),
             "limits": _validated(Limits, values.get("limits", {}), f"{where}, [limits]"),
         },
         where,

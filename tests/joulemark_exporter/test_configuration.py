@@ -60,7 +60,7 @@ def test_a_rotary_base_that_is_nowhere_is_not_guessed(tmp_path: Path) -> None:
     del config["rope_parameters"]
     path.write_text(json.dumps(config))
     with pytest.raises(BadInput, match="no rotary base"):
-        writer.check(task(tmp_path / "model", tmp_path), writer.Options())
+        writer.check(task(tmp_path / "model", tmp_path), writer.Options(), None)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ A quantizer module offers
     class Options(Settings)                      its keys in the recipe
     NEEDS: frozenset[str]                        what calibration must measure: "hessian" (second moments of every linear's inputs),
                                                  "importance" (their diagonal); empty for methods that look at weights only
-    check(task, options) -> None                 raises BadInput for what cannot work, before anything is computed
+    check(task, options) -> IntegerForm | None   raises BadInput for what cannot work, before anything is computed; says which integers will
+                                                 come, None where none will
     quantize(task, options) -> Choices           what becomes of every matrix
 
 Choices are lazy where they can be: a writer asks for one matrix at a time, so that a model larger than the memory passes.
@@ -30,6 +31,16 @@ from joulemark_exporter.weights import Float32, Model, Weight
 
 
 @dataclass(frozen=True)
+class IntegerForm:
+    """What kind of integers a quantizer gives. `contiguous`: groups are neighbouring columns."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    contiguous: bool = True
+
+
+@dataclass(frozen=True)
 class Rounded:
     """The matrix is rounded to a tensor type of GGUF by ggml when it is written. `importance` weighs the squared errors by input."""
 
@@ -42,9 +53,7 @@ class Integers:
     """The matrix is these integers, whatever the file: (rows, columns) with rows as outputs."""
 
     load: Callable[[], GroupQuantized]
-    bits: int
-    group_size: int
-    symmetric: bool
+    form: IntegerForm
 
 
 Choice = Rounded | Integers

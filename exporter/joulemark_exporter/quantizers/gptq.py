@@ -22,7 +22,7 @@ from joulemark_exporter.families import Linear, linears
 from joulemark_exporter.finished_layers import FinishedLayers
 from joulemark_exporter.grid import Grid, round_to_grid
 from joulemark_exporter.group_quantized import GroupQuantized
-from joulemark_exporter.quantizers import Choice, Choices, Integers, Rounded, Task, float_parts, grouped
+from joulemark_exporter.quantizers import Choice, Choices, IntegerForm, Integers, Rounded, Task, float_parts, grouped
 from joulemark_exporter.recipe import Settings
 from joulemark_exporter.walk import Walk
 
@@ -43,15 +43,21 @@ class Options(Settings):
     true_sequential: bool = False
     embedding: str = "Q8_0"
 
+    def form(self) -> IntegerForm:
+        """What kind of integers come."""
+        contiguous = not self.act_order or self.static_groups or self.group_size == -1
+        return IntegerForm(self.bits, self.group_size, self.symmetric, contiguous)
+
     def grid(self) -> Grid:
         """The grid that these options describe."""
         return Grid(self.bits, self.group_size, self.symmetric, self.search)
 
 
-def check(task: Task, options: Options) -> None:
+def check(task: Task, options: Options) -> IntegerForm:
     """See the contract."""
     float_parts(task, options.embedding)
     list(grouped(task, options.group_size))
+    return options.form()
 
 
 def quantize(task: Task, options: Options) -> Choices:
@@ -73,9 +79,9 @@ def quantize(task: Task, options: Options) -> Choices:
     task.say("GPTQ, layer by layer", walk.layers, walk.layers)
     for name in wanted:
         load = functools.partial(finished.matrix, name)
-        chosen[name] = Integers(load, options.bits, options.group_size, options.symmetric)
+        chosen[name] = Integers(load, options.form())
     table = {"calibration": {"text": windows.text, "sha256": windows.sha256}, "layers": finished.notes()}
-    title = f"GPTQ-{options.bits} g{options.group_size}"
+    title = f"GPTQ-{options.bits}-g{options.group_size}"
     return Choices(chosen, title, {"gptq.json": json.dumps(table, indent=1).encode()})
 
 

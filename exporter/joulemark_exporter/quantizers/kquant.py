@@ -56,4 +56,4 @@ def quantize(task: Task, options: Options) -> Choices:
         about = {"calibration": {"text": windows.text, "sha256": windows.sha256}}
     by_engine = ByEngine(options.type, dict(options.tensors), measured, options.pure)
     tables = {"importance.json": json.dumps(about).encode()}
-    return Choices({}, options.type + (" imatrix" if options.weighted else ""), tables, by_engine)
+    return Choices({}, options.type + ("-imatrix" if options.weighted else ""), tables, by_engine)

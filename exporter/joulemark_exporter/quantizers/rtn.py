@@ -11,7 +11,17 @@ from pydantic import Field
 from joulemark_exporter.families import Linear, linears
 from joulemark_exporter.grid import Grid, round_to_grid
 from joulemark_exporter.group_quantized import GroupQuantized
-from joulemark_exporter.quantizers import Choice, Choices, Integers, Rounded, Task, float_parts, grouped, outputs_first
+from joulemark_exporter.quantizers import (
+    Choice,
+    Choices,
+    IntegerForm,
+    Integers,
+    Rounded,
+    Task,
+    float_parts,
+    grouped,
+    outputs_first,
+)
 from joulemark_exporter.recipe import Settings
 
 NEEDS: frozenset[str] = frozenset()
@@ -26,15 +36,20 @@ class Options(Settings):
     search: bool = False
     embedding: str = "Q8_0"
 
+    def form(self) -> IntegerForm:
+        """What kind of integers come."""
+        return IntegerForm(self.bits, self.group_size, self.symmetric)
+
     def grid(self) -> Grid:
         """The grid that these options describe."""
         return Grid(self.bits, self.group_size, self.symmetric, self.search)
 
 
-def check(task: Task, options: Options) -> None:
+def check(task: Task, options: Options) -> IntegerForm:
     """See the contract."""
     float_parts(task, options.embedding)
     list(grouped(task, options.group_size))
+    return options.form()
 
 
 def quantize(task: Task, options: Options) -> Choices:
@@ -43,8 +58,8 @@ def quantize(task: Task, options: Options) -> Choices:
     chosen |= {name: Rounded("F16") for name in linears(task.family, task.model.config)}
     for name, linear in grouped(task, options.group_size):
         load = functools.partial(_round, task, name, linear, options.grid())
-        chosen[name] = Integers(load, options.bits, options.group_size, options.symmetric)
-    return Choices(chosen, f"RTN-{options.bits} g{options.group_size}")
+        chosen[name] = Integers(load, options.form())
+    return Choices(chosen, f"RTN-{options.bits}-g{options.group_size}")
 
 
 def _round(task: Task, name: str, linear: Linear, grid: Grid) -> GroupQuantized:

@@ -3,7 +3,8 @@
 A writer module offers
 
     class Options(Settings)                          its keys in the recipe
-    check(task, options) -> None                     raises BadInput for what cannot be written, before anything is computed
+    check(task, options, form) -> None               raises BadInput for what cannot be written, before anything is computed; `form` is what
+                                                     integers the quantizer will give, None where it gives none
     write(task, choices, folder, options) -> Written the files in `folder`
 """
 
@@ -20,3 +21,5 @@ class Written:
     files: tuple[Path, ...]
     engine: str
     """The plug-in of `engines` that opens it."""
+    sha256: str | None = None
+    """Of the first file, taken from the bytes on their way to the disk; None where another program wrote it."""

@@ -8,6 +8,8 @@ llama.cpp's converter (llama-cpp-python 0.3.36), beside which the tests run this
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +24,17 @@ from joulemark.errors import BadInput
 from joulemark.gguf_format import DEFAULT_ALIGNMENT, FILE_TYPES
 from joulemark_exporter import engine_quantizer, ggml, gguf_tokenizer, packing
 from joulemark_exporter.families import Placement, Tensor
-from joulemark_exporter.quantizers import ByEngine, Choice, Choices, Integers, Rounded, Task
+from joulemark_exporter.quantizers import (
+    ByEngine,
+    Choice,
+    Choices,
+    IntegerForm,
+    Integers,
+    Rounded,
+    Task,
+    grouped,
+    inputs,
+)
 from joulemark_exporter.recipe import Settings
 from joulemark_exporter.weights import Float32, Weight
 from joulemark_exporter.writers import Written
@@ -51,8 +63,10 @@ class Entry:
     pieces: functools.partial[Iterator[Bytes]]
 
 
-def check(task: Task, options: Options) -> None:
-    """Architecture, tokenizer and settings can be written. Raises BadInput."""
+def check(task: Task, options: Options, form: IntegerForm | None) -> None:
+    """Architecture, tokenizer, settings and integers can be written. Raises BadInput."""
+    if form is not None:
+        _check_form(task, form)
     task.family.metadata(task.model.config)
     gguf_tokenizer.read(task.model.folder, _vocabulary(task), options.tokenizer_pre)
 
@@ -60,11 +74,10 @@ def check(task: Task, options: Options) -> None:
 def write(task: Task, choices: Choices, folder: Path, options: Options) -> Written:
     """See the contract."""
     path = folder / "model.gguf"
-    if choices.by_engine is None:
-        _write(path, task, choices, options)
-    else:
+    if choices.by_engine is not None:
         _let_engine_quantize(path, task, choices.by_engine, options)
-    return Written((path,), "llamacpp")
+        return Written((path,), "llamacpp")
+    return Written((path,), "llamacpp", _write(path, task, choices, options))
 
 
 def _let_engine_quantize(path: Path, task: Task, wanted: ByEngine, options: Options) -> None:
@@ -85,18 +98,39 @@ def _let_engine_quantize(path: Path, task: Task, wanted: ByEngine, options: Opti
     full.unlink()
 
 
-def _write(path: Path, task: Task, choices: Choices, options: Options) -> None:
+def _write(path: Path, task: Task, choices: Choices, options: Options) -> str:
+    """Writes the file; returns the sha256 of what was written."""
     entries = list(_entries(task, choices))
     _write_header(path, task, entries, options)
+    hasher = hashlib.sha256(path.read_bytes())
     with path.open("ab") as file:
-        file.write(bytes(-file.tell() % DEFAULT_ALIGNMENT))
+
+        def put(data: bytes | memoryview) -> int:
+            hasher.update(data)
+            return file.write(data)
+
+        put(bytes(-file.tell() % DEFAULT_ALIGNMENT))
         for done, entry in enumerate(entries):
             task.say("writing the weights", done, len(entries))
-            written = sum(file.write(piece.data) for piece in entry.pieces())
+            written = sum(put(piece.data) for piece in entry.pieces())
             if written != entry.size_bytes:
                 raise AssertionError(f"{entry.name}: {written} bytes were written, {entry.size_bytes} announced")
-            file.write(bytes(-written % DEFAULT_ALIGNMENT))
+            put(bytes(-written % DEFAULT_ALIGNMENT))
+        file.flush()
+        os.fsync(file.fileno())
     task.say("writing the weights", len(entries), len(entries))
+    return hasher.hexdigest()
+
+
+def _check_form(task: Task, form: IntegerForm) -> None:
+    packing.gguf_type(form.bits, symmetric=form.symmetric)
+    for name, linear in grouped(task, form.group_size):
+        columns = inputs(task.model.weights[name], linear)
+        why = packing.unpackable(columns, columns if form.group_size == -1 else form.group_size, form.contiguous)
+        if why is not None:
+            raise BadInput(
+                f"{name} cannot be written as GGUF: {why}", "use static_groups = true, and groups of 32, 64 or 128"
+            )
 
 
 # --- the header -------------------------------------------------------------------------------------------------------
@@ -169,7 +203,7 @@ def _entry(task: Task, tensor: Tensor, choice: Choice | None) -> Entry:
         raise AssertionError(f"the quantizer chose nothing for {tensor.name}")
     columns = shape[-1]
     if isinstance(choice, Integers):
-        type_name = packing.gguf_type(choice.bits, symmetric=choice.symmetric)
+        type_name = packing.gguf_type(choice.form.bits, symmetric=choice.form.symmetric)
         pieces = functools.partial(_repacked, choice, place)
     else:
         type_name = choice.type_name

@@ -1,0 +1,303 @@
+"""The whole way on a tiny model, and every fault on it: planted, caught, and nothing published."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from joulemark import artifact
+from joulemark.errors import BadInput, Conflict, DigestMismatch, EngineFailed, NoSpace
+from joulemark.sources import default_cache
+from joulemark_exporter import gguf_tokenizer, pipeline, recipe
+from joulemark_exporter.families import llama
+from joulemark_exporter.quantizers import gptq
+from joulemark_exporter.writers import gguf as writer
+from tests.fixtures import hub_models
+from tests.joulemark_exporter.test_lora import train
+
+CALIBRATION = "[calibration]\nsamples = 6\ntokens = 48\n[probe]\nwindows = 2\ntokens = 48\n"
+QUANTIZERS = {
+    "none": "use = 'none'\ntype = 'F16'",
+    "rtn": "use = 'rtn'",
+    "gptq": "use = 'gptq'",
+    "kquant": "use = 'kquant'\ntype = 'Q5_0'",
+    "lobi": "use = 'lobi'\nbits_per_weight = 6.0\ntypes = ['Q4_0', 'Q5_0', 'Q8_0', 'F16']\nwindows = 1\ntokens = 32",
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    hub_models.write(tmp_path / "base", "llama")
+    return tmp_path / "base"
+
+
+def request(base: Path, quantizer: str, more: str = "", **changed: Any) -> pipeline.Request:
+    text = f"[quantizer]\n{quantizer}\n{CALIBRATION}{more}"
+    given = pipeline.Request(
+        model=str(base), recipe=recipe.parse(text), out=base.parent / "out", cache=default_cache(), threads=2
+    )
+    return dataclasses.replace(given, **changed)
+
+
+def quiet(step: str, done: int, total: int) -> None:
+    del step, done, total
+
+
+def left_over(base: Path) -> list[str]:
+    return sorted(path.name for path in base.parent.iterdir() if path.name.startswith("out"))
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_the_whole_way(name: str, base: Path) -> None:
+    exported = pipeline.export(request(base, QUANTIZERS[name]), quiet)
+    manifest = artifact.verify(exported.folder)
+    assert manifest == exported.manifest
+    assert manifest.origin is not None
+    assert manifest.origin.recipe["quantizer_name"] == name
+    assert manifest.origin.steps[0].name == "checkpoint"
+    findings = exported.report["findings"]
+    # Random weights are hard to quantize; what is right is far from what a fault does (a divergence above 1).
+    assert findings["divergence"] < (1e-4 if name == "none" else 0.6)
+    assert findings["tokens"] == 96
+    assert not list(base.parent.glob(".out*"))
+    again = pipeline.export(request(base, QUANTIZERS[name]), quiet)
+    assert again.artifact_id == exported.artifact_id
+
+
+def test_the_same_inputs_give_the_same_id_and_others_another(base: Path, tmp_path: Path) -> None:
+    ids = {}
+    for number, out in enumerate(("one", "two")):
+        ids[out] = pipeline.export(
+            request(base, QUANTIZERS["gptq"], out=tmp_path / str(number) / "out"), quiet
+        ).artifact_id
+    assert ids["one"] == ids["two"]
+    other = request(base, QUANTIZERS["gptq"] + "\ndamping = 0.02", out=tmp_path / "3" / "out")
+    assert pipeline.export(other, quiet).artifact_id != ids["one"]
+
+
+def test_another_artifact_is_never_overwritten(base: Path) -> None:
+    first = pipeline.export(request(base, QUANTIZERS["none"]), quiet)
+    with pytest.raises(Conflict, match="another artifact"):
+        pipeline.export(request(base, QUANTIZERS["rtn"]), quiet)
+    assert artifact.verify(first.folder) == first.manifest
+
+
+def test_adapters_are_folded_and_in_the_lineage(base: Path, tmp_path: Path) -> None:
+    train(base, tmp_path / "adapter", "llama")
+    exported = pipeline.export(request(base, QUANTIZERS["none"], adapters=((tmp_path / "adapter", 0.5),)), quiet)
+    assert exported.manifest.origin is not None
+    assert [step.name for step in exported.manifest.origin.steps] == ["checkpoint", "adapter adapter × 0.5"]
+    assert exported.report["findings"]["divergence"] < 1e-4
+
+
+# --- planted faults ---------------------------------------------------------------------------------------------------
+def test_what_fails_a_limit_is_not_published(base: Path) -> None:
+    for limit in ("divergence = 1e-6", "top1_agreement = 0.9999", "perplexity_increase = 0.5", "bits_per_weight = 3"):
+        with pytest.raises(BadInput, match=limit.split(" ")[0]):
+            pipeline.export(request(base, QUANTIZERS["rtn"], f"[limits]\n{limit}\n"), quiet)
+        assert left_over(base) == []
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None]) -> None:
+    original = writer.write
+
+    def write(*arguments: Any) -> Any:
+        written = original(*arguments)
+        spoil(written.files[0])
+        return written
+
+    monkeypatch.setattr(writer, "write", write)
+
+
+def test_flipped_bits_are_caught(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flip(path: Path) -> None:
+        with path.open("r+b") as file:
+            file.seek(-500, 2)
+            byte = file.read(1)[0]
+            file.seek(-500, 2)
+            file.write(bytes([byte ^ 4]))
+
+    plant(monkeypatch, flip)
+    with pytest.raises(DigestMismatch, match="not what was written"):
+        pipeline.export(request(base, QUANTIZERS["rtn"]), quiet)
+    assert left_over(base) == []
+
+
+def test_a_file_that_the_engine_refuses_is_not_published(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        llama, "metadata", lambda config, own=llama.metadata: {**own(config), "attention.head_count": 3}
+    )
+    with pytest.raises((EngineFailed, BadInput)):
+        pipeline.export(request(base, QUANTIZERS["none"]), quiet)
+    assert left_over(base) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rope.freq_base": 1_000_000.0},
+        {"attention.layer_norm_rms_epsilon": 0.5},
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+    ],
+)
+@pytest.mark.parametrize("quantizer", ["none", "rtn"])
+def test_silent_errors_of_the_header_are_caught(
+    wrong: dict[str, Any], quantizer: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any limit in the recipe: the engine would load the file and compute nonsense."""
+    monkeypatch.setattr(llama, "metadata", lambda config, own=llama.metadata: {**own(config), **wrong})
+    with pytest.raises(BadInput, match="something else from this file"):
+        pipeline.export(request(base, QUANTIZERS[quantizer]), quiet)
+    assert left_over(base) == []
+
+
+def test_rows_in_the_wrong_order_are_caught(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from joulemark_exporter.families import _decoder
+
+    monkeypatch.setattr(_decoder, "rotary_rows", lambda heads, rows: np.arange(rows))
+    with pytest.raises(BadInput, match="something else from this file"):
+        pipeline.export(request(base, QUANTIZERS["rtn"]), quiet)
+
+
+def change_tokenizer(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[gguf_tokenizer.Vocabulary], gguf_tokenizer.Vocabulary]
+) -> None:
+    original = gguf_tokenizer.read
+    monkeypatch.setattr(gguf_tokenizer, "read", lambda *arguments: change(original(*arguments)))
+
+
+def test_a_wrong_tokenizer_is_caught(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swap(found: gguf_tokenizer.Vocabulary) -> gguf_tokenizer.Vocabulary:
+        tokens = list(found.tokens)
+        one, other = tokens.index("e"), tokens.index("o")
+        tokens[one], tokens[other] = tokens[other], tokens[one]
+        return dataclasses.replace(found, tokens=tuple(tokens))
+
+    change_tokenizer(monkeypatch, swap)
+    with pytest.raises(BadInput, match=r"tokenizes .* otherwise"):
+        pipeline.export(request(base, QUANTIZERS["none"]), quiet)
+
+
+def test_the_wrong_rules_of_splitting_are_caught(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_models.write_tokenizer(base, hub_models.pre_tokenizers.ByteLevel(add_prefix_space=False))
+    change_tokenizer(monkeypatch, lambda found: dataclasses.replace(found, pre="smollm"))
+    with pytest.raises(BadInput, match=r"tokenizes .* otherwise"):
+        pipeline.export(request(base, QUANTIZERS["none"]), quiet)
+
+
+def test_a_missing_chat_template_is_caught(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drop(found: gguf_tokenizer.Vocabulary) -> gguf_tokenizer.Vocabulary:
+        found.special.chat_template = None
+        return found
+
+    change_tokenizer(monkeypatch, drop)
+    with pytest.raises(BadInput, match="chat template"):
+        pipeline.export(request(base, QUANTIZERS["none"]), quiet)
+
+
+# --- before hours are spent -------------------------------------------------------------------------------------------
+def no_work(*_: Any) -> Any:
+    raise AssertionError("this should have been said before")
+
+
+def test_everything_wrong_is_said_before_the_quantizer_starts(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gptq", "lobi", "kquant", "rtn"):
+        monkeypatch.setattr(f"joulemark_exporter.quantizers.{name}.quantize", no_work)
+    cases = [
+        ("use = 'lobi'\nbits_per_weight = 2.0", "below the smallest possible"),
+        ("use = 'lobi'", "either budget_bytes or bits_per_weight"),
+        ("use = 'kquant'\ntype = 'Q4_K_XL'", "no file type"),
+        ("use = 'kquant'\ntensors = { '(' = 'Q8_0' }", "not a regular expression"),
+        ("use = 'rtn'\ngroup_size = 7", "divide no row"),
+        ("use = 'rtn'\nembedding = 'Q9_0'", "no tensor type"),
+        ("use = 'gptq'\ngroup_size = 16", "groups have 16"),
+        ("use = 'gptq'\nact_order = true", "not contiguous"),
+        ("use = 'rtn'\nbits = 8\nsymmetric = false", "asymmetric 8-bit"),
+    ]
+    for quantizer, words in cases:
+        with pytest.raises(BadInput, match=words):
+            pipeline.export(request(base, quantizer), quiet)
+    with pytest.raises(BadInput, match="probe text is the calibration text"):
+        pipeline.export(request(base, QUANTIZERS["gptq"], 'text = "passages"\n'), quiet)
+    path = base / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pre_tokenizer": {"type": "Whitespace"}}))
+    with pytest.raises(BadInput, match="Whitespace"):
+        pipeline.export(request(base, QUANTIZERS["gptq"]), quiet)
+
+
+def test_damaged_weights_are_named_before_the_quantizer_starts(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.2.self_attn.o_proj.weight"][3, 5] = torch.inf
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(gptq, "quantize", no_work)
+    with pytest.raises(BadInput, match=r"layers\.2\.self_attn\.o_proj"):
+        pipeline.export(request(base, QUANTIZERS["gptq"]), quiet)
+
+
+def test_a_full_disk_is_noticed_first(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(NoSpace, match="exporting needs"):
+        pipeline.export(request(base, QUANTIZERS["rtn"]), quiet)
+    assert left_over(base) == []
+
+
+# --- interruptions ----------------------------------------------------------------------------------------------------
+def test_an_interrupted_export_goes_on_at_the_layer_it_had_reached(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pipeline.export(request(base, QUANTIZERS["gptq"], out=tmp_path / "whole" / "out"), quiet)
+    original = gptq._matrix  # pyright: ignore[reportPrivateUsage]
+    calls: list[int] = []
+
+    def stop_in_the_third_layer(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 17:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(gptq, "_matrix", stop_in_the_third_layer)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.export(request(base, QUANTIZERS["gptq"]), quiet)
+    assert left_over(base) == []
+    calls.clear()
+    calls.extend([1] * 100)
+    resumed = pipeline.export(request(base, QUANTIZERS["gptq"]), quiet)
+    assert len(calls) == 100 + 7, "only the third layer was still to do"
+    assert resumed.artifact_id == whole.artifact_id
+
+
+def test_what_another_recipe_left_is_not_taken_up(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = gptq._matrix  # pyright: ignore[reportPrivateUsage]
+    calls: list[int] = []
+
+    def count(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 17:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(gptq, "_matrix", count)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.export(request(base, QUANTIZERS["gptq"]), quiet)
+    calls.clear()
+    calls.extend([1] * 100)
+    pipeline.export(request(base, QUANTIZERS["gptq"] + "\nsymmetric = false"), quiet)
+    assert len(calls) == 100 + 21
+
+
+def test_two_exports_do_not_meet_in_one_folder(base: Path) -> None:
+    import fcntl
+
+    with (base.parent / ".out.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(Conflict, match="another export"):
+            pipeline.export(request(base, QUANTIZERS["rtn"]), quiet)
