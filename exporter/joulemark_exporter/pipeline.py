@@ -25,7 +25,7 @@ import numpy as np
 from joulemark import __version__, artifact, durable, plugins
 from joulemark.errors import BadInput, Conflict, DigestMismatch, NoSpace, NotFound
 from joulemark.wire import FileEntry, Manifest, Origin, Step, content_id
-from joulemark_exporter import calibration, families, gguf_source, lora, models, recipe, texts, verify
+from joulemark_exporter import calibration, configuration, families, lora, models, recipe, texts, verify
 from joulemark_exporter.quantizers import Choices, Task
 from joulemark_exporter.recipe import Recipe
 from joulemark_exporter.weights import Model, Weight
@@ -82,7 +82,7 @@ def export(request: Request, say: Say) -> Exported:
         folder.mkdir()
         written: Written = writer.write(task, choices, folder, chosen.writer)
         manifest = _manifest(request, task, choices, written)
-        findings = _verify(request, task, written, manifest)
+        findings = _verify(request, task, choices, written, manifest)
         return _publish(request, task, written, manifest, findings)
 
 
@@ -192,7 +192,7 @@ def tools() -> dict[str, str]:
 def _manifest(request: Request, task: Task, choices: Choices, written: Written) -> Manifest:
     """The artifact's description, with its tables among the files."""
     main = written.files[0]
-    manifest = artifact.describe(main, task.name, task.licence)
+    manifest = plugins.load(recipe.WRITERS, request.recipe.writer_name).describe(task, choices, written)
     if written.sha256 is not None and written.sha256 != manifest.files[0].sha256:
         raise DigestMismatch(
             f"{main.name} is not what was written",
@@ -202,18 +202,33 @@ def _manifest(request: Request, task: Task, choices: Choices, written: Written) 
     for name, content in sorted(choices.tables.items()):
         durable.replace_file(main.parent / name, [content])
         extra.append(FileEntry(path=name, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest()))
-    origin = _origin(request, task.model)
-    changed = {"origin": origin, "files": (*manifest.files, *extra), "quantization": choices.title}
+    changed = {
+        "origin": _origin(request, task.model),
+        "files": (*manifest.files, *extra),
+        "required_memory_bytes": manifest.weight_bytes
+        + manifest.context_tokens * memory_bytes_per_token(task.model.config),
+    }
     return Manifest.model_validate({**dict(manifest), **changed})
 
 
-def _verify(request: Request, task: Task, written: Written, manifest: Manifest) -> verify.Findings:
+def memory_bytes_per_token(config: Mapping[str, Any]) -> int:
+    """Of the key-value memory with 16-bit floats: keys and values of all layers."""
+    count = configuration.count
+    heads = count(config, "num_attention_heads", "n_head")
+    width = count(config, "hidden_size", "n_embd", "n_embed")
+    size = count(config, "head_dim", default=width // heads)
+    layers = count(config, "num_hidden_layers", "n_layer")
+    return 2 * 2 * layers * count(config, "num_key_value_heads", default=heads) * size
+
+
+def _verify(request: Request, task: Task, choices: Choices, written: Written, manifest: Manifest) -> verify.Findings:
     """Through the engine that boards use. Raises BadInput when a limit of the recipe is not kept."""
     engine, path = written.engine, written.files[0]
     verify.check_text(engine, path, task.model, request.threads)
     asked = request.recipe.probe
     windows = calibration.windows(task.model, probe_text(request), asked.windows, asked.tokens, None)
-    read_back = replace(task.model, weights=gguf_source.weights(path, task.family, task.model.config))
+    writer = plugins.load(recipe.WRITERS, request.recipe.writer_name)
+    read_back = replace(task.model, weights=writer.read_back(task, choices, written))
     verify.check_faithful(engine, path, read_back, task.family, windows, request.threads)
     walk, states = verify.reference_states(task.model, task.family, windows.tokens, task.say)
     findings = verify.compare(engine, path, windows, walk, states, request.threads)

@@ -6,6 +6,8 @@ A writer module offers
     check(task, options, form) -> None               raises BadInput for what cannot be written, before anything is computed; `form` is what
                                                      integers the quantizer will give, None where it gives none
     write(task, choices, folder, options) -> Written the files in `folder`
+    describe(task, choices, written) -> Manifest     what was written, without its origin
+    read_back(task, choices, written) -> dict        state_dict name → Weight: the weights that the engine computes with
 """
 
 from __future__ import annotations

@@ -20,9 +20,11 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from joulemark import artifact
 from joulemark.errors import BadInput
 from joulemark.gguf_format import DEFAULT_ALIGNMENT, FILE_TYPES
-from joulemark_exporter import engine_quantizer, ggml, gguf_tokenizer, packing
+from joulemark.wire import Manifest
+from joulemark_exporter import engine_quantizer, ggml, gguf_source, gguf_tokenizer, packing
 from joulemark_exporter.families import Placement, Tensor
 from joulemark_exporter.quantizers import (
     ByEngine,
@@ -78,6 +80,18 @@ def write(task: Task, choices: Choices, folder: Path, options: Options) -> Writt
         _let_engine_quantize(path, task, choices.by_engine, options)
         return Written((path,), "llamacpp")
     return Written((path,), "llamacpp", _write(path, task, choices, options))
+
+
+def describe(task: Task, choices: Choices, written: Written) -> Manifest:
+    """See the contract."""
+    found = artifact.describe(written.files[0], task.name, task.licence)
+    return Manifest.model_validate({**dict(found), "quantization": choices.title})
+
+
+def read_back(task: Task, choices: Choices, written: Written) -> dict[str, Weight]:
+    """See the contract: from the file itself."""
+    del choices
+    return gguf_source.weights(written.files[0], task.family, task.model.config)
 
 
 def _let_engine_quantize(path: Path, task: Task, wanted: ByEngine, options: Options) -> None:
