@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := agent exporter host deploy tests
 
-.PHONY: demo test bench install install-test lint types imports clean
+.PHONY: demo test bench install install-export install-test lint types imports clean
 
 demo: $(VENV)/.installed
 	$(BIN)/joulemark demo --out demo-output
@@ -17,6 +17,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m tests.bench
 
 install: $(VENV)/.installed
+install-export: $(VENV)/.installed-export
 install-test: $(VENV)/.installed-test
 
 $(BIN)/python:
@@ -26,6 +27,12 @@ $(VENV)/.installed: pyproject.toml deploy/build_engine.py deploy/engine_only.cma
 	$(BIN)/python deploy/build_engine.py
 	@echo "installing joulemark and what it needs (a minute at most)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[agent,llama,host]'
+	@touch $@
+
+$(VENV)/.installed-export: $(VENV)/.installed
+	@echo "installing what the exporter needs (torch, transformers, onnx: a few minutes)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[agent,llama,onnx,host,export]'
 	@touch $@
 
 # torch is named with its exact version: the newest one is a build of several gigabytes for graphics cards.

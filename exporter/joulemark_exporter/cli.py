@@ -20,22 +20,23 @@ if TYPE_CHECKING:
 
     from joulemark_exporter import pipeline
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 EPILOG = """An example of a recipe:
 
+\b
   name = "smollm2-gptq4"
-
+  #
   [quantizer]
   use = "gptq"          # none, rtn, gptq, kquant, lobi
   bits = 4
   group_size = 32
-
+  #
   [calibration]
   dataset = "passages"  # a known text or the path of a text file
   samples = 128
   tokens = 512
-
+  #
   [limits]              # what fails one of them is not published
   divergence = 0.3
   top1_agreement = 0.75
@@ -47,7 +48,7 @@ def joulemark() -> None:
     """Which compressed language model should run on this board, and what does one correct answer cost there?"""
 
 
-@app.command(epilog=EPILOG.replace("\n", "\n\n"))
+@app.command(epilog=EPILOG)
 def export(
     model: Annotated[str, typer.Argument(help="a Hugging Face folder, a .gguf file, or a hub id (owner/name)")],
     recipe: Annotated[Path, typer.Option("--recipe", "-r", help="the TOML file that says what to make of it")],
