@@ -16,7 +16,7 @@ from pathlib import Path
 from joulemark.errors import EngineFailed
 
 STOP_S = 15.0
-TAIL_LINES = 20
+TAIL_LINES = 30
 
 
 class Child:
