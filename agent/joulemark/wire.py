@@ -118,7 +118,11 @@ class Manifest(Wire):
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Fields that came later stay out while they are empty, so that the ids of older manifests do not change."""
         values = serialize(self)
-        return {key: value for key, value in values.items() if value is not None or key not in ("origin", "required_memory_bytes")}
+        return {
+            key: value
+            for key, value in values.items()
+            if value is not None or key not in ("origin", "required_memory_bytes")
+        }
 
     @property
     def bits_per_weight(self) -> float:
