@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,3 +170,27 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
 def test_the_eos_token_ends_a_sequence(model: Path, session: LlamaSession) -> None:
     assert session._model.is_end(EOS)  # pyright: ignore[reportPrivateUsage]
     assert not session._model.is_end(65)  # pyright: ignore[reportPrivateUsage]
+
+
+LOG_AFTER_CLOSING = """
+import gc, sys
+from pathlib import Path
+from joulemark_agent.backends import Options
+from joulemark_agent.backends.llamacpp import open_session
+import llama_cpp
+
+session = open_session(Path(sys.argv[1]), Options(threads=1, model_sha256="0" * 64))
+session.close()
+del session
+gc.collect()
+junk = [object() for _ in range(100_000)]
+for _ in range(20):
+    llama_cpp.llama_model_load_from_file(b"/nonexistent.gguf", llama_cpp.llama_model_default_params())
+"""
+
+
+def test_the_library_may_speak_after_a_session_is_gone(tmp_path: Path) -> None:
+    """It keeps the log callback of the last model for ever; were that collected, its next line would end the process."""
+    path = write_llama(tmp_path / "tiny.gguf")
+    done = subprocess.run([sys.executable, "-c", LOG_AFTER_CLOSING, str(path)], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]

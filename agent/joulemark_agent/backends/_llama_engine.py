@@ -55,9 +55,11 @@ class Log:
                 self.lines.append(line[:500])
                 del self.lines[:-LOG_LINES_KEPT]
 
-        # The callback object must outlive the engine: ctypes does not keep it.
-        self._callback: Any = llama.llama_log_callback(receive)
-        llama.llama_log_set(self._callback, ctypes.c_void_p(0))
+        callback: Any = llama.llama_log_callback(receive)
+        # The library keeps the pointer for the whole process, whatever becomes of this model: a callback that were collected with it would
+        # take the process down at the next line of log. So it is never freed, a hundred bytes for each model that is loaded.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(callback))
+        llama.llama_log_set(callback, ctypes.c_void_p(0))
 
     def reason(self) -> str:
         """The last lines that speak of a failure, else the last line."""
