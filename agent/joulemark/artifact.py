@@ -89,7 +89,7 @@ def publish(folder: Path, manifest: Manifest, sources: Mapping[str, Path]) -> st
     if folder.exists():
         return _already_there(folder, manifest)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(folder.parent, sum(entry.size_bytes for entry in manifest.files))
+    check_space(folder.parent, sum(entry.size_bytes for entry in manifest.files))
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=folder.parent))
     try:
         for entry in manifest.files:
@@ -175,7 +175,8 @@ def _copy(source: Path, target: Path, entry: FileEntry) -> None:
         )
 
 
-def _check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int) -> None:
+    """Raises NoSpace when the disk of `folder` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise NoSpace(

@@ -112,7 +112,7 @@ class Manifest(Wire):
     origin: Origin | None = None
     """None for a file that was published as it came."""
     required_memory_bytes: Annotated[int, Field(ge=1)] | None = None
-    """Weights, key-value memory of the whole context and the engine's buffers: what a board needs free."""
+    """Loaded weights and the key-value memory of the whole context; the engine's own buffers come on top."""
 
     @model_serializer(mode="wrap")
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -389,26 +389,3 @@ class RunState(Wire):
     items_total: int = 0
     message: str = ""
     problem: Problem | None = None
-
-
-# --- the grid ---------------------------------------------------------------------------------------------------------
-class Cell(Wire):
-    """One cell of a grid. `why` is set for every status but `measured` and `not_run`."""
-
-    row: str
-    column: str
-    status: Literal["measured", "failed", "unsupported", "not_run", "not_comparable"]
-    metric: Metric | None = None
-    valid: bool | None = None
-    why: Text = ""
-    run_id: Identifier | None = None
-
-
-class Grid(Wire):
-    """Device × model for one metric and one task; what the heatmap draws."""
-
-    metric: Identifier
-    task: Identifier
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    cells: tuple[Cell, ...]

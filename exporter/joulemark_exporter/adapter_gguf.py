@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 
 from joulemark.errors import BadInput
-from joulemark_exporter.families import find, linears, placing
+from joulemark_exporter.families import find
 from joulemark_exporter.lora import Adapter, Delta
 from joulemark_exporter.weights import Model
 
@@ -22,7 +22,7 @@ ALPHA = 1.0
 def write(path: Path, adapter: Adapter, model: Model) -> None:
     """Writes the adapter for a base in GGUF. Raises BadInput for what llama.cpp's adapters cannot hold."""
     family = find(model.model_type)
-    if not family.GGUF:
+    if not family.gguf:
         raise BadInput(
             f"llama.cpp has no architecture for {model.model_type} models", "fold the adapter and use the ONNX format"
         )
@@ -31,8 +31,9 @@ def write(path: Path, adapter: Adapter, model: Model) -> None:
             f"the adapter {adapter.name} changes more than products of low rank (DoRA, embeddings, whole tensors)",
             "llama.cpp's adapters cannot hold that: fold it with --adapter instead",
         )
-    place, known = placing(family), linears(family, model.config)
-    writer = gguf.GGUFWriter(path, family.GGUF)
+    known = family.matrices(model.config)
+    places = {tensor.name: tensor.placement for tensor in family.tensors(model.config)}
+    writer = gguf.GGUFWriter(path, family.gguf)
     writer.add_string("general.type", "adapter")
     writer.add_name(adapter.name)
     writer.add_string("adapter.type", "lora")
@@ -43,7 +44,7 @@ def write(path: Path, adapter: Adapter, model: Model) -> None:
                 f"the adapter {adapter.name} changes {delta.module}",
                 "llama.cpp's adapters change the layers' matrices only: fold it",
             )
-        target = place(f"{delta.module}.weight", model.config)
+        target = places[f"{delta.module}.weight"]
         assert target is not None
         up = _scaled(delta)
         writer.add_tensor(f"{target.name}.lora_a", np.ascontiguousarray(delta.down))

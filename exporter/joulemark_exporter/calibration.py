@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from joulemark.errors import BadInput
 from joulemark_exporter import texts
+from joulemark_exporter.families import Family
 from joulemark_exporter.recipe import CalibrationSettings
 from joulemark_exporter.weights import Model
 
@@ -84,7 +84,7 @@ def calibration_windows(model: Model, settings: CalibrationSettings, cache: Path
 
 @contextlib.contextmanager
 def measured(
-    layer: nn.Module, family: ModuleType, stages: Collection[int], diagonal: bool = False
+    layer: nn.Module, family: Family, stages: Collection[int], diagonal: bool = False
 ) -> Generator[dict[int, Moments]]:
     """While the layer runs, the moments of the inputs of `stages`: stage → (inputs, inputs), or (inputs,) when only the diagonal is wanted.
 
@@ -102,7 +102,7 @@ def measured(
 
     handles: list[Any] = []
     for stage in stages:
-        name = next(linear.name for linear in family.LINEARS if linear.stage == stage)
+        name = next(linear.name for linear in family.linears if linear.stage == stage)
 
         def hook(_module: nn.Module, inputs: tuple[Any, ...], stage: int = stage) -> None:
             note(stage, inputs[0])
@@ -114,8 +114,3 @@ def measured(
         for handle in handles:
             handle.remove()
     result.update({stage: (total / counts[stage]).numpy() for stage, total in sums.items()})
-
-
-def stages(family: ModuleType) -> tuple[int, ...]:
-    """The stages of a layer, in the order of computing."""
-    return tuple(sorted({linear.stage for linear in family.LINEARS}))

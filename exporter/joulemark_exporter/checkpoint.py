@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from joulemark.artifact import hash_file
 from joulemark.errors import BadInput, NotFound
 from joulemark_exporter import configuration, packing
-from joulemark_exporter.families import HEAD, Config, Tensor, find, is_tied
+from joulemark_exporter.families import HEAD, Config, Family, Tensor, find
 from joulemark_exporter.group_quantized import GroupQuantized
 from joulemark_exporter.weights import Float32, Model, Weight
 
@@ -52,7 +51,7 @@ def open_folder(folder: Path) -> Model:
     quantization = _gptq_settings(config)
     tensors = family.tensors(config)
     weights = {item.name: _weight(item, stored, quantization) for item in tensors}
-    _refuse_rest(stored, tensors, is_tied(family, config))
+    _refuse_rest(stored, tensors, family.is_tied(config))
     return Model(folder, config, weights, (("checkpoint", digest(folder)),))
 
 
@@ -106,9 +105,9 @@ def _files(folder: Path) -> list[Path]:
     raise NotFound(f"there are no weights in {folder}", f"expected {SINGLE} or {INDEX}")
 
 
-def _canonical(stored: dict[str, Stored], family: ModuleType) -> dict[str, Stored]:
+def _canonical(stored: dict[str, Stored], family: Family) -> dict[str, Stored]:
     """By the names of the state_dict: checkpoints of the bare model (without head) lack its prefix."""
-    prefix: str = family.PREFIX
+    prefix: str = family.prefix
     result: dict[str, Stored] = {}
     for key, item in stored.items():
         if key.endswith(IGNORED_ENDINGS):

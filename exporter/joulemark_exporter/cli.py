@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from joulemark.errors import BadInput
+from joulemark.errors import BadInput, MissingExtra
 from joulemark.sources import default_cache
 
 if TYPE_CHECKING:
@@ -65,9 +65,13 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
     """Turn a model into one verified artifact: fold adapters, quantize, write, look at it through the board's engine, publish."""
-    from joulemark_exporter import pipeline
-    from joulemark_exporter import recipe as recipes
-
+    try:
+        from joulemark_exporter import pipeline
+        from joulemark_exporter import recipe as recipes
+    except ImportError as error:
+        raise MissingExtra(
+            f"the exporter needs a part that is not installed ({error})", "make install-export"
+        ) from error
     chosen = recipes.read(recipe)
     name = chosen.name or recipe.stem
     request = pipeline.Request(
@@ -131,7 +135,7 @@ def _show(exported: pipeline.Exported) -> None:
         table.add_row("same most likely token", f"{findings['top1_agreement']:.1%}")
         table.add_row("perplexity", f"{findings['perplexity']:.3f}")
         table.add_row("perplexity of the unquantized model", f"{findings['reference_perplexity']:.3f}")
-        table.add_row("probe", f"{findings['tokens']} tokens of {exported.report['probe']}")
+        table.add_row("probe", f"{findings['tokens']} tokens of {exported.report['probe']['text']}")
     console = Console()
     console.print(table)
     console.print(f"{exported.folder}\nartifact {exported.artifact_id}", highlight=False)

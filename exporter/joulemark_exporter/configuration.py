@@ -20,7 +20,12 @@ from numpy.typing import NDArray
 from joulemark.errors import BadInput, NotFound
 
 MAX_BYTES = 4 << 20
-_LARGEST = 1 << 24
+MOST = 1 << 24
+"""Of anything that is counted: tokens, positions."""
+MOST_LAYERS = 512
+"""llama.cpp's LLAMA_MAX_LAYERS."""
+MOST_WIDTH = 1 << 18
+"""Of states, feed-forward blocks, all heads together; the widest published models have some 2^16."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +79,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def count(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:
-    """The first of `names` that is there, a whole number from 1 to 2^24. Raises BadInput."""
+def count(config: Mapping[str, Any], *names: str, default: int | None = None, most: int = MOST) -> int:
+    """The first of `names` that is there, a whole number from 1 to `most`. Raises BadInput."""
     for name in names:
         value = config.get(name)
         if value is None:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
-            raise BadInput(f"config.json gives {name} = {value!r}", f"it must be a whole number from 1 to {_LARGEST}")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise BadInput(f"config.json gives {name} = {value!r}", f"it must be a whole number from 1 to {most}")
         return value
     if default is None:
         raise BadInput(
             f"config.json does not give {' or '.join(names)}", "the file is damaged or of another kind of model"
         )
     return default
+
+
+def head_size(width: int, heads: int) -> int:
+    """What each head has of the width. Raises BadInput where the heads do not divide it."""
+    if width % heads:
+        raise BadInput(f"{heads} heads do not divide a width of {width}", "config.json is damaged")
+    return width // heads
 
 
 def real(config: Mapping[str, Any], name: str, default: float | None = None) -> float:

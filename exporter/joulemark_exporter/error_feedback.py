@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from joulemark.errors import BadInput
-from joulemark_exporter.grid import Grid, scales_and_zeros
 from joulemark_exporter.group_quantized import GroupQuantized
+from joulemark_exporter.rounding import Rounding, scales_and_zeros
 
 Float64 = NDArray[np.float64]
 Float32 = NDArray[np.float32]
@@ -40,7 +40,7 @@ class Feedback:
 def quantize(
     weights: Float32,
     hessian: Float64,
-    grid: Grid,
+    grid: Rounding,
     *,
     damping: float = 0.01,
     act_order: bool = False,
@@ -100,7 +100,7 @@ def factor(moments: Float64, damping: float) -> tuple[Float64, float]:
     raise BadInput("the second moments are not positive definite", "calibrate on more text, or raise damping")
 
 
-def _static_grids(weights: Float32, grid: Grid, size: int) -> tuple[Float32, Float32]:
+def _static_grids(weights: Float32, grid: Rounding, size: int) -> tuple[Float32, Float32]:
     """Scales and zero points (rows, groups) of the columns in their own order, before any feedback."""
     parts = [scales_and_zeros(weights[:, start : start + size], grid) for start in range(0, weights.shape[1], size)]
     return np.stack([scale for scale, _ in parts], 1), np.stack([zero for _, zero in parts], 1)
@@ -128,7 +128,7 @@ class _Work:
         self,
         values: Float64,
         upper: Float64,
-        grid: Grid,
+        grid: Rounding,
         size: int,
         static: tuple[Float32, Float32] | None,
         order: NDArray[np.intp],

@@ -11,64 +11,56 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gguf
 import numpy as np
 
-from joulemark import durable, plugins
+from joulemark import durable
 from joulemark.artifact import hash_file
 from joulemark.errors import BadInput
 from joulemark.gguf_header import Header, TensorInfo, read_header
 from joulemark_exporter import ggml, hub_tokenizer
-from joulemark_exporter.families import PACKAGE, Config, Placement, Tensor
+from joulemark_exporter.families import Config, Family, Placement, Tensor, known
 from joulemark_exporter.weights import Float32, Model, Weight
 
-ACTIVATIONS = {"llama": "silu", "qwen2": "silu", "qwen3": "silu"}
-GELU = "gelu_pytorch_tanh"
-CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-}
+LLAMA_CPP_ROPE_BASE = 10_000.0
+"""What llama.cpp takes where a file does not state the rotary base (llama-model.cpp, rope_freq_base_train)."""
 
 
 def open_file(path: Path, cache: Path) -> Model:
-    """The model in a GGUF file. Its configuration and tokenizer are written to the cache once. Raises ModelRejected, BadInput."""
+    """The model in a GGUF file. Its configuration and tokenizer are written to the cache. Raises ModelRejected, BadInput."""
     header = read_header(path)
     family = _family(header)
     digest = hash_file(path)
     config = _config(header, family)
     folder = cache / "from-gguf" / digest[:32]
-    if not (folder / "config.json").is_file():
-        hub_tokenizer.write(gguf.GGUFReader(path), folder)
-        durable.replace_file(folder / "config.json", [json.dumps(config, indent=1).encode()])
+    # Written anew each time: what an older version made of the same file may differ.
+    hub_tokenizer.write(gguf.GGUFReader(path), folder)
+    durable.replace_file(folder / "config.json", [json.dumps(config, indent=1).encode()])
     return Model(folder, config, weights(path, family, config), ((f"GGUF file {header.quantization}", digest),))
 
 
-def weights(path: Path, family: ModuleType, config: Config) -> dict[str, Weight]:
+def weights(path: Path, family: Family, config: Config) -> dict[str, Weight]:
     """Every tensor of the model as this file gives it back, by state_dict name. Raises ModelRejected, BadInput."""
     by_name = {tensor.name: tensor for tensor in read_header(path).tensors}
     return {item.name: _weight(path, item, by_name) for item in family.tensors(config)}
 
 
-def _family(header: Header) -> ModuleType:
-    for name in plugins.names(PACKAGE):
-        family = plugins.load(PACKAGE, name)
-        if header.architecture == family.GGUF and family.MODEL_TYPES[0] in CLASSES:
+def _family(header: Header) -> Family:
+    sources = [family for family in known() if family.from_gguf is not None]
+    for family in sources:
+        if family.gguf == header.architecture:
             return family
     raise BadInput(
         f"GGUF files of architecture {header.architecture!r} cannot be a source",
-        "give the Hugging Face folder of this model; GGUF sources are read for " + ", ".join(sorted(CLASSES)),
+        "give the Hugging Face folder of this model; GGUF sources are read for "
+        + ", ".join(family.gguf for family in sources),
     )
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
-def _config(header: Header, family: ModuleType) -> Config:
+def _config(header: Header, family: Family) -> Config:
     """config.json, with the rotary settings in both generations' keys."""
     values: dict[str, Any] = {
         key.removeprefix(f"{header.architecture}."): value
@@ -83,32 +75,24 @@ def _config(header: Header, family: ModuleType) -> Config:
         )
     heads = _whole(values, "attention.head_count")
     width = _whole(values, "embedding_length")
-    theta = float(values.get("rope.freq_base", 10000.0))
-    model_type = family.MODEL_TYPES[0]
+    theta = _number(values, "rope.freq_base", LLAMA_CPP_ROPE_BASE)
     config: Config = {
-        "architectures": [CLASSES[model_type]],
-        "model_type": model_type,
         "hidden_size": width,
         "intermediate_size": _whole(values, "feed_forward_length"),
         "num_hidden_layers": _whole(values, "block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(values.get("attention.head_count_kv", heads)),
-        "head_dim": int(values.get("attention.key_length", values.get("rope.dimension_count", width // heads))),
-        "rms_norm_eps": _shortest(float(values["attention.layer_norm_rms_epsilon"])),
+        "num_key_value_heads": _whole(values, "attention.head_count_kv", heads),
+        "head_dim": _whole(values, "attention.key_length", _whole(values, "rope.dimension_count", width // heads)),
+        "rms_norm_eps": _shortest(_number(values, "attention.layer_norm_rms_epsilon")),
         "max_position_embeddings": _whole(values, "context_length"),
         "vocab_size": _vocabulary(header),
         "tie_word_embeddings": "output.weight" not in names,
-        "hidden_act": ACTIVATIONS.get(model_type, GELU),
-        "hidden_activation": ACTIVATIONS.get(model_type, GELU),
-        "attention_bias": False,
         "rope_theta": theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "dtype": "float32",
     }
-    if hasattr(family, "check_scale"):
-        large = config["num_hidden_layers"] == family.LARGE_LAYERS
-        config["query_pre_attn_scalar"] = width // heads if large else config["head_dim"]
-    return {**config, **_windows(values, theta), **_special(header)}
+    assert family.from_gguf is not None
+    return {**config, **family.from_gguf(config), **_windows(values, theta), **_special(header)}
 
 
 def _windows(values: Mapping[str, Any], theta: float) -> Config:
@@ -118,9 +102,9 @@ def _windows(values: Mapping[str, Any], theta: float) -> Config:
         found["sliding_window"] = _whole(values, "attention.sliding_window")
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if key in values:
-            found[key] = float(values[key])
+            found[key] = _number(values, key)
     if "rope.freq_base_swa" in values:
-        local = float(values["rope.freq_base_swa"])
+        local = _number(values, "rope.freq_base_swa")
         kinds = {"full_attention": theta, "sliding_attention": local}
         found["rope_parameters"] = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in kinds.items()}
         found["rope_local_base_freq"] = local
@@ -138,13 +122,20 @@ def _vocabulary(header: Header) -> int:
     return next(tensor.shape[-1] for tensor in header.tensors if tensor.name == "token_embd.weight")
 
 
-def _whole(values: Mapping[str, Any], key: str) -> int:
-    value = values.get(key)
+def _whole(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = values.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise BadInput(
             f"the GGUF states {key} = {value!r}", "the file is damaged, or its layers differ from one another"
         )
     return value
+
+
+def _number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = values.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise BadInput(f"the GGUF states {key} = {value!r}", "the file is damaged")
+    return float(value)
 
 
 def _shortest(value: float) -> float:

@@ -57,7 +57,7 @@ def read(folder: Path, size: int, pre: str | None = None) -> Vocabulary:
         kind = model.get("type") if isinstance(model, Mapping) else None
         raise BadInput(f"llama.cpp has no tokenizer of type {kind!r}", "BPE and SentencePiece models can be written")
     tokens, kinds = _tokens(tokenizer, size)
-    merges = tuple(" ".join(item) if isinstance(item, list) else str(item) for item in model.get("merges", ()))
+    merges = tuple(_merge(item) for item in _list(model.get("merges"), "merges"))
     if model.get("byte_fallback"):
         return _converted(folder, tokens, kinds, merges, special)
     name = pre or pre_tokenizers.name_of(tokenizer)
@@ -116,9 +116,8 @@ def _tokens(tokenizer: Mapping[str, Any], size: int) -> tuple[tuple[str, ...], t
     kinds: dict[int, int] = {}
     for token, index in tokenizer["model"]["vocab"].items():
         _put(by_id, index, str(token), size)
-    for item in tokenizer.get("added_tokens") or ():
-        index, content = item.get("id"), str(item.get("content"))
-        special = bool(item.get("special")) or _looks_special(content)
+    for item in _list(tokenizer.get("added_tokens"), "added_tokens"):
+        index, content, special = _described(item)
         # What users defined is matched in the text itself, where a space is a space.
         _put(by_id, index, content if special else content.replace(UNDERLINE, " "), size, replace=True)
         kinds[index] = int(TokenType.CONTROL if special else TokenType.USER_DEFINED)
@@ -127,8 +126,30 @@ def _tokens(tokenizer: Mapping[str, Any], size: int) -> tuple[tuple[str, ...], t
     return tokens, tuple(kinds.get(index, normal if index in by_id else unused) for index in range(size))
 
 
+def _described(item: Any) -> tuple[int, str, bool]:
+    """(id, token, whether it is special) of an added token."""
+    index = item.get("id") if isinstance(item, Mapping) else None
+    if not isinstance(index, int) or isinstance(index, bool) or not isinstance(item.get("content"), str):
+        raise BadInput(f"tokenizer.json describes an added token as {item!r}"[:200], "the file is damaged")
+    content: str = item["content"]
+    return index, content, bool(item.get("special")) or _looks_special(content)
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    if value is not None and not isinstance(value, list):
+        raise BadInput(f"{what} of the tokenizer is not a list", "the file is damaged")
+    return value or []
+
+
+def _merge(item: Any) -> str:
+    parts = item if isinstance(item, list) else [item]
+    if not all(isinstance(part, str) for part in parts):
+        raise BadInput(f"the tokenizer has a merge {item!r}"[:200], "the file is damaged")
+    return " ".join(parts)
+
+
 def _put(by_id: dict[int, str], index: Any, token: str, size: int, replace: bool = False) -> None:
-    if not isinstance(index, int) or not 0 <= index < min(size, MAX_TOKENS):
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < min(size, MAX_TOKENS):
         raise BadInput(
             f"the token {token!r} has the id {index!r}, the embedding has {size} rows",
             "tokenizer and weights do not belong together",
@@ -232,8 +253,19 @@ def _added(folder: Path) -> list[tuple[int, str, bool]]:
     found: list[tuple[int, str, bool]] = []
     old = folder / "added_tokens.json"
     if old.is_file():
-        found += [(int(index), str(token), False) for token, index in _json(old).items()]
-    for index, item in _settings(folder).get("added_tokens_decoder", {}).items():
+        found += [(_id(index), str(token), False) for token, index in _json(old).items()]
+    stated = _settings(folder).get("added_tokens_decoder") or {}
+    for index, item in stated.items() if isinstance(stated, Mapping) else ():
+        if not isinstance(item, Mapping):
+            raise BadInput(
+                f"tokenizer_config.json describes the added token {index!r} as {item!r}"[:200], "the file is damaged"
+            )
         content = str(item.get("content"))
-        found.append((int(index), content, bool(item.get("special")) or _looks_special(content)))
+        found.append((_id(index), content, bool(item.get("special")) or _looks_special(content)))
     return found
+
+
+def _id(value: Any) -> int:
+    if isinstance(value, int) or (isinstance(value, str) and value.isdecimal() and len(value) < 10):
+        return int(value)
+    raise BadInput(f"an added token has the id {value!r}"[:200], "the tokenizer is damaged")

@@ -16,6 +16,16 @@ from joulemark.errors import BadInput
 
 
 @dataclass(frozen=True)
+class IntegerForm:
+    """What kind of integers a matrix is made of. `contiguous`: groups are neighbouring columns."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    contiguous: bool = True
+
+
+@dataclass(frozen=True)
 class GroupQuantized:
     """Shapes: integers (rows, columns) uint8; scales (rows, groups) float16; zeros (rows, groups) uint8. Rows are outputs."""
 

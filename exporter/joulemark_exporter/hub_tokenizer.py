@@ -50,9 +50,17 @@ def _text(reader: gguf.GGUFReader, key: str) -> str:
     return value
 
 
+def _list(reader: gguf.GGUFReader, name: str) -> list[Any]:
+    value = _field(reader, f"tokenizer.ggml.{name}")
+    if not isinstance(value, list) or not value:
+        raise BadInput(f"the GGUF does not state tokenizer.ggml.{name}", "the file is damaged")
+    return value
+
+
 def _byte_level(reader: gguf.GGUFReader) -> Tokenizer:
-    tokens: list[str] = _field(reader, "tokenizer.ggml.tokens")
-    kinds: list[int] = _field(reader, "tokenizer.ggml.token_type")
+    tokens, kinds = _list(reader, "tokens"), _list(reader, "token_type")
+    if len(tokens) != len(kinds):
+        raise BadInput(f"the GGUF has {len(tokens)} tokens of {len(kinds)} kinds", "the file is damaged")
     merges = [tuple(line.split(" ", 1)) for line in _field(reader, "tokenizer.ggml.merges") or []]
     unused = int(gguf.TokenType.UNUSED)
     vocabulary = {
@@ -80,7 +88,9 @@ def _post_processor(reader: gguf.GGUFReader, tokens: list[str]) -> Any:
     level = processors.ByteLevel(trim_offsets=False)
     if not _field(reader, "tokenizer.ggml.add_bos_token"):
         return level
-    index = int(_field(reader, "tokenizer.ggml.bos_token_id"))
+    index = _field(reader, "tokenizer.ggml.bos_token_id")
+    if not isinstance(index, int) or not 0 <= index < len(tokens):
+        raise BadInput(f"the GGUF begins texts with the token {index!r}", "the file is damaged")
     template = processors.TemplateProcessing(
         single=f"{tokens[index]} $A", pair=None, special_tokens=[(tokens[index], index)]
     )
@@ -88,12 +98,12 @@ def _post_processor(reader: gguf.GGUFReader, tokens: list[str]) -> Any:
 
 
 def _settings(reader: gguf.GGUFReader) -> dict[str, Any]:
-    tokens: list[str] = _field(reader, "tokenizer.ggml.tokens")
+    tokens = _list(reader, "tokens")
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for word, name in (("bos", "bos_token"), ("eos", "eos_token"), ("unknown", "unk_token"), ("padding", "pad_token")):
         index = _field(reader, f"tokenizer.ggml.{word}_token_id")
-        if index is not None:
-            settings[name] = tokens[int(index)]
+        if isinstance(index, int) and 0 <= index < len(tokens):
+            settings[name] = tokens[index]
     for name in ("add_bos_token", "add_eos_token"):
         value = _field(reader, f"tokenizer.ggml.{name}")
         if value is not None:

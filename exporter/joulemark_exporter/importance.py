@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from joulemark_exporter import calibration
-from joulemark_exporter.families import linears
 from joulemark_exporter.quantizers import Task
 from joulemark_exporter.walk import Walk
 
@@ -34,15 +33,14 @@ def measure(task: Task) -> tuple[Importance, calibration.Windows]:
         task.say("measuring what matters", index, walk.layers)
         with (
             walk.layer(index) as layer,
-            calibration.measured(layer, task.family, calibration.stages(task.family), diagonal=True) as moments,
+            calibration.measured(layer, task.family, task.family.stages(), diagonal=True) as moments,
         ):
             walk.run(index, layer, states)
         by_stage |= {(index, stage): values.astype(np.float32) for stage, values in moments.items()}
     task.say("measuring what matters", walk.layers, walk.layers)
-    prefix = f"{task.family.LAYERS}."
     found = {
-        name: by_stage[int(name.removeprefix(prefix).split(".")[0]), linear.stage]
-        for name, linear in linears(task.family, task.model.config).items()
+        name: by_stage[task.family.layer_of(name), linear.stage]
+        for name, linear in task.family.matrices(task.model.config).items()
     }
     temporary = stored.with_name(f".{FILE}")
     with temporary.open("wb") as file:

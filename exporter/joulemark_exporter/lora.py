@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from joulemark.artifact import hash_file
 from joulemark.errors import BadInput, NotFound
 from joulemark_exporter import configuration
-from joulemark_exporter.families import HEAD, find, is_tied, linears
+from joulemark_exporter.families import HEAD, find
 from joulemark_exporter.weights import Float32, Model, Weight
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -178,11 +178,9 @@ def _pattern(patterns: Any, module: str, default: Any) -> Any:
     if not isinstance(patterns, Mapping):
         return default
     for key, value in patterns.items():
-        if len(str(key)) > MAX_PATTERN:
-            raise BadInput(
-                f"a pattern of {len(str(key))} characters in adapter_config.json",
-                "this is not a pattern of module names",
-            )
+        # A repeated group can take for ever to match; names of modules need none.
+        if len(str(key)) > MAX_PATTERN or re.search(r"\)[*+{]", str(key)):
+            raise BadInput(f"{str(key)[:80]!r} in adapter_config.json", "this is not a pattern of module names")
         try:
             if re.match(rf"(.*\.)?({key})$", module):
                 return value
@@ -212,7 +210,7 @@ def fold(model: Model, adapters: Sequence[tuple[Adapter, float]]) -> Model:
                 raise BadInput(f"two adapters replace {name}", "they cannot be folded together")
             replaced[name] = _replacement(model, adapter, name, values)
     base = {**model.weights, **replaced}
-    transposed = {name for name, linear in linears(find(model.model_type), model.config).items() if linear.transposed}
+    transposed = {name for name, linear in find(model.model_type).matrices(model.config).items() if linear.transposed}
     changed = {
         **replaced,
         **{name: _folded(base[name], deltas, name in transposed) for name, deltas in by_weight.items()},
@@ -225,7 +223,7 @@ def _check(model: Model, adapter: Adapter, delta: Delta) -> str:
     """The name of the weight that the change belongs to. Raises BadInput where it does not fit."""
     family, name = find(model.model_type), f"{delta.module}.weight"
     weight = model.weights.get(name)
-    if name in (HEAD, family.EMBEDDING) and is_tied(family, model.config):
+    if name in (HEAD, family.embedding) and family.is_tied(model.config):
         raise BadInput(
             f"the adapter {adapter.name} changes {delta.module}, which is tied to the other end of the model",
             "one tensor cannot hold both: untie the base first",
@@ -236,7 +234,7 @@ def _check(model: Model, adapter: Adapter, delta: Delta) -> str:
             "is it an adapter of another model?",
         )
     outputs, inputs = delta.up.shape[0], delta.down.shape[1]
-    linear = linears(family, model.config).get(name)
+    linear = family.matrices(model.config).get(name)
     turned = delta.embedding or (linear is not None and linear.transposed)
     expected = tuple(reversed(weight.shape)) if turned else weight.shape
     if (outputs, inputs) != expected:
@@ -257,7 +255,7 @@ def _check(model: Model, adapter: Adapter, delta: Delta) -> str:
 
 def _replacement(model: Model, adapter: Adapter, name: str, values: Float32) -> Weight:
     weight, family = model.weights.get(name), find(model.model_type)
-    if name in (HEAD, family.EMBEDDING) and is_tied(family, model.config):
+    if name in (HEAD, family.embedding) and family.is_tied(model.config):
         raise BadInput(
             f"the adapter {adapter.name} replaces {name}, which is tied to the other end of the model",
             "untie the base first",

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from joulemark.errors import EngineFailed
 from joulemark_exporter import onnx_graph
-from joulemark_exporter.grid import Grid, round_to_grid
+from joulemark_exporter.rounding import Rounding, round_to_grid
 
 BUILDABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 """Model types that the builder knows, of ours. It has no GPT-2, OPT and BLOOM."""
@@ -110,7 +110,7 @@ def _store_head_in_eight_bits(proto: onnx.ModelProto, accuracy_level: int) -> No
     rows, columns = weights.shape
     if columns % HEAD_BLOCK:
         return
-    matrix = round_to_grid(weights, Grid(8, HEAD_BLOCK))
+    matrix = round_to_grid(weights, Rounding(8, HEAD_BLOCK))
     names = [f"{stored.name}.integers", f"{stored.name}.scales"]
     integers = matrix.integers.reshape(rows, columns // HEAD_BLOCK, HEAD_BLOCK)
     graph.initializer.append(numpy_helper.from_array(integers, names[0]))

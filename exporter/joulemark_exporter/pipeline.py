@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -18,14 +19,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from joulemark import __version__, artifact, durable, plugins
-from joulemark.errors import BadInput, Conflict, DigestMismatch, NoSpace, NotFound
-from joulemark.wire import FileEntry, Manifest, Origin, Step, content_id
-from joulemark_exporter import calibration, configuration, families, lora, models, recipe, texts, verify
+from joulemark.errors import BadInput, Conflict, DigestMismatch, MissingExtra, NotFound
+from joulemark.wire import FileEntry, Manifest, Origin, Step, canonical_json, content_id
+from joulemark_exporter import calibration, families, lora, models, recipe, texts, verify
+from joulemark_exporter.probe import opened
 from joulemark_exporter.quantizers import Choices, Task
 from joulemark_exporter.recipe import Recipe
 from joulemark_exporter.weights import Model, Weight
@@ -33,7 +36,8 @@ from joulemark_exporter.writers import Written
 
 PIECE = 1 << 22
 INPUTS = "inputs.json"
-TOOLS = ("gguf", "llama-cpp-python", "numpy", "torch", "transformers")
+TOOLS = ("numpy", "torch", "transformers")
+"""Packages that decide about every result; a writer names its own."""
 
 Say = Callable[[str, int, int], None]
 
@@ -64,26 +68,27 @@ def export(request: Request, say: Say) -> Exported:
     """Runs all steps. Raises BadInput, NotFound, NoSpace, EngineFailed, Conflict; nothing is published then."""
     chosen = request.recipe
     model = _fold(models.open_model(request.model, request.cache), request)
-    there = _already_there(request, model)
-    if there is not None:
-        return there
     quantizer = plugins.load(recipe.QUANTIZERS, chosen.quantizer_name)
     writer = plugins.load(recipe.WRITERS, chosen.writer_name)
-    with _working_folder(request, model) as work:
+    calibrated = quantizer.calibrated(chosen.quantizer)
+    origin = _origin(request, model, calibrated, writer.tools(chosen.writer))
+    there = _already_there(request, origin)
+    if there is not None:
+        return there
+    with _working_folder(request, origin) as work:
         task = _task(request, model, work, say)
         writer.check(task, chosen.writer, quantizer.check(task, chosen.quantizer))
-        probe_text(request)
-        _check_space(request.out, model)
-        if quantizer.NEEDS:
+        probe = calibration.windows(model, probe_text(request), chosen.probe.windows, chosen.probe.tokens, None)
+        # A first look, as if a weight took a byte: once written, once published. The writer knows better when types are chosen.
+        artifact.check_space(request.out.parent, sum(2 * weight.size for weight in model.weights.values()))
+        if calibrated:
             _look_at_weights(model, say)
-        choices: Choices = quantizer.quantize(task, chosen.quantizer)
-        folder = work / "written"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        written: Written = writer.write(task, choices, folder, chosen.writer)
-        manifest = _manifest(request, task, choices, written)
-        findings = _verify(request, task, choices, written, manifest)
-        return _publish(request, task, written, manifest, findings)
+        with _written(work) as folder:
+            choices: Choices = quantizer.quantize(task, chosen.quantizer)
+            written: Written = writer.write(task, choices, folder, chosen.writer)
+            manifest = _manifest(task, writer, choices, written, origin)
+            findings = _verify(request, task, writer.read_back(task, choices, written), written, manifest, probe)
+            return _publish(request, written, manifest, findings, probe)
 
 
 # --- before ------------------------------------------------------------------------------------------------------------
@@ -109,41 +114,64 @@ def _task(request: Request, model: Model, work: Path, say: Say) -> Task:
     )
 
 
-def inputs(request: Request, model: Model) -> dict[str, Any]:
-    """Everything that decides about the result. Two exports of the same inputs are the same artifact."""
-    return {"recipe": request.recipe.plain(), "lineage": [list(step) for step in model.lineage], "version": __version__}
+def _origin(request: Request, model: Model, calibrated: bool, packages: tuple[str, ...]) -> Origin:
+    """Everything that decides about the result: two exports of the same origin and name are the same artifact."""
+    steps = list(model.lineage)
+    if calibrated:
+        text = texts.load(request.recipe.calibration.dataset, request.cache)
+        steps.append((f"calibration {text.name}", text.sha256))
+    try:
+        versions = {"joulemark": __version__} | {name: metadata.version(name) for name in (*TOOLS, *packages)}
+    except metadata.PackageNotFoundError as error:
+        raise MissingExtra(f"{error.name} is not installed", "make install-export") from error
+    told = tuple(Step(name=name, sha256=sha256) for name, sha256 in steps)
+    return Origin(steps=told, recipe=request.recipe.plain(), tools=versions)
 
 
 @contextmanager
-def _working_folder(request: Request, model: Model) -> Generator[Path]:
+def _working_folder(request: Request, origin: Origin) -> Generator[Path]:
     """`.NAME.export` beside the artifact: kept after a failure, and taken up again only by the same inputs. One export at a time."""
     folder = request.out.parent / f".{request.out.name}.export"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{request.out.name}.lock").open("w") as lock:
+    with _locked(request):
+        wanted = canonical_json(origin)
+        marker = folder / INPUTS
+        if not marker.is_file() or marker.read_bytes() != wanted:
+            shutil.rmtree(folder)
+            folder.mkdir()
+            durable.replace_file(marker, [wanted])
+        yield folder
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _locked(request: Request) -> Generator[None]:
+    """The kernel drops the lock when its holder dies. The file goes with the holder, so whoever locked one that is gone has no lock."""
+    path = request.out.parent / f".{request.out.name}.lock"
+    busy = Conflict(f"another export is writing {request.out}", "wait for it, or choose another -o")
+    with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise Conflict(f"another export is writing {request.out}", "wait for it, or choose another -o") from error
-        wanted = json.dumps(inputs(request, model), sort_keys=True)
-        marker = folder / INPUTS
-        if not marker.is_file() or marker.read_text() != wanted:
-            shutil.rmtree(folder)
-            folder.mkdir()
-            durable.replace_file(marker, [wanted.encode()])
+            raise busy from error
+        if not path.exists() or path.stat().st_ino != os.fstat(lock.fileno()).st_ino:
+            raise busy
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _written(work: Path) -> Generator[Path]:
+    """Where files are written before they are published; never kept, because it is large and quickly made again."""
+    folder = work / "written"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
         yield folder
-        shutil.rmtree(folder)
-        Path(lock.name).unlink()
-
-
-def _check_space(out: Path, model: Model) -> None:
-    """Room for what is written and for the copy that is published, reckoned as if nothing were made smaller."""
-    needed = sum(2 * weight.size for weight in model.weights.values())
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        raise NoSpace(
-            f"exporting needs about {needed / 1e9:.1f} GB in {out.parent}, there are {free / 1e9:.1f} GB",
-            "free some space",
-        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _look_at_weights(model: Model, say: Say) -> None:
@@ -166,33 +194,27 @@ def _pieces(weight: Weight) -> Sequence[tuple[int, int]]:
 
 
 # --- after -------------------------------------------------------------------------------------------------------------
-def _already_there(request: Request, model: Model) -> Exported | None:
-    """The artifact that these inputs made before. Raises Conflict when something else is in its place."""
+def _already_there(request: Request, origin: Origin) -> Exported | None:
+    """The artifact that these inputs made before. Raises Conflict when something else is in its place, DigestMismatch when it was
+    damaged since."""
     if not request.out.exists():
         return None
-    manifest = artifact.read_manifest(request.out)
-    if manifest.origin is None or manifest.origin != _origin(request, model):
+    if artifact.read_manifest(request.out).origin != origin:
         raise Conflict(f"{request.out} holds another artifact", "choose another -o, or remove that folder")
-    report = request.out.with_name(f"{request.out.name}.report.json")
-    return Exported(
-        request.out, content_id(manifest), manifest, json.loads(report.read_text()) if report.is_file() else {}
-    )
+    manifest = artifact.verify(request.out)
+    path = _report_path(request)
+    report = json.loads(path.read_text()) if path.is_file() else {}
+    return Exported(request.out, content_id(manifest), manifest, report)
 
 
-def _origin(request: Request, model: Model) -> Origin:
-    steps = tuple(Step(name=name, sha256=sha256) for name, sha256 in model.lineage)
-    return Origin(steps=steps, recipe=request.recipe.plain(), tools=tools())
+def _report_path(request: Request) -> Path:
+    return request.out.with_name(f"{request.out.name}.report.json")
 
 
-def tools() -> dict[str, str]:
-    """The versions of everything that decides about a result."""
-    return {"joulemark": __version__} | {name: metadata.version(name) for name in TOOLS}
-
-
-def _manifest(request: Request, task: Task, choices: Choices, written: Written) -> Manifest:
+def _manifest(task: Task, writer: ModuleType, choices: Choices, written: Written, origin: Origin) -> Manifest:
     """The artifact's description, with its tables among the files."""
     main = written.files[0]
-    manifest = plugins.load(recipe.WRITERS, request.recipe.writer_name).describe(task, choices, written)
+    manifest: Manifest = writer.describe(task, choices, written)
     if written.sha256 is not None and written.sha256 != manifest.files[0].sha256:
         raise DigestMismatch(
             f"{main.name} is not what was written",
@@ -202,36 +224,31 @@ def _manifest(request: Request, task: Task, choices: Choices, written: Written) 
     for name, content in sorted(choices.tables.items()):
         durable.replace_file(main.parent / name, [content])
         extra.append(FileEntry(path=name, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest()))
+    weights = manifest.weight_bytes if written.resident_bytes is None else written.resident_bytes
+    memory = task.family.memory(task.model.config).numbers * written.memory_number_bytes
     changed = {
-        "origin": _origin(request, task.model),
+        "origin": origin,
         "files": (*manifest.files, *extra),
-        "required_memory_bytes": manifest.weight_bytes
-        + manifest.context_tokens * memory_bytes_per_token(task.model.config),
+        "required_memory_bytes": weights + manifest.context_tokens * memory,
     }
     return Manifest.model_validate({**dict(manifest), **changed})
 
 
-def memory_bytes_per_token(config: Mapping[str, Any]) -> int:
-    """Of the key-value memory with 16-bit floats: keys and values of all layers."""
-    count = configuration.count
-    heads = count(config, "num_attention_heads", "n_head")
-    width = count(config, "hidden_size", "n_embd", "n_embed")
-    size = count(config, "head_dim", default=width // heads)
-    layers = count(config, "num_hidden_layers", "n_layer")
-    return 2 * 2 * layers * count(config, "num_key_value_heads", default=heads) * size
-
-
-def _verify(request: Request, task: Task, choices: Choices, written: Written, manifest: Manifest) -> verify.Findings:
+def _verify(
+    request: Request,
+    task: Task,
+    read_back: Mapping[str, Weight],
+    written: Written,
+    manifest: Manifest,
+    probe: calibration.Windows,
+) -> verify.Findings:
     """Through the engine that boards use. Raises BadInput when a limit of the recipe is not kept."""
-    engine, path = written.engine, written.files[0]
-    verify.check_text(engine, path, task.model, request.threads)
-    asked = request.recipe.probe
-    windows = calibration.windows(task.model, probe_text(request), asked.windows, asked.tokens, None)
-    writer = plugins.load(recipe.WRITERS, request.recipe.writer_name)
-    read_back = replace(task.model, weights=writer.read_back(task, choices, written))
-    verify.check_faithful(engine, path, read_back, task.family, windows, request.threads)
-    walk, states = verify.reference_states(task.model, task.family, windows.tokens, task.say)
-    findings = verify.compare(engine, path, windows, walk, states, request.threads)
+    stored = replace(task.model, weights=read_back)
+    with opened(written.engine, written.files[0], request.threads) as session:
+        verify.check_text(session, task.model)
+        verify.check_faithful(session, stored, task.family, probe)
+        walk, states = verify.reference_states(task.model, task.family, probe.tokens, task.say)
+        findings = verify.compare(session, probe, walk, states)
     broken = verify.failures(findings, manifest.bits_per_weight, request.recipe.limits)
     if broken:
         raise BadInput(
@@ -258,18 +275,28 @@ def probe_text(request: Request) -> texts.Text:
         return texts.load("novels", request.cache)
 
 
-def _publish(request: Request, task: Task, written: Written, manifest: Manifest, findings: verify.Findings) -> Exported:
+def _publish(
+    request: Request, written: Written, manifest: Manifest, findings: verify.Findings, probe: calibration.Windows
+) -> Exported:
     sources = {entry.path: written.files[0].parent / entry.path for entry in manifest.files}
     sources[manifest.files[0].path] = written.files[0]
+    windows, tokens = probe.tokens.shape
+    about = {
+        "text": probe.text,
+        "sha256": probe.sha256,
+        "windows": windows,
+        "tokens": tokens,
+        "beginning": probe.beginning,
+    }
     report = {
         "artifact_id": content_id(manifest),
         "bits_per_weight": manifest.bits_per_weight,
         "weight_bytes": manifest.weight_bytes,
         "findings": asdict(findings),
-        "probe": probe_text(request).name,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "probe": about,
+        "exporter_peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+    # The report first: an artifact without one would look as if nobody had looked at it.
+    durable.replace_file(_report_path(request), [json.dumps(report, indent=1).encode()])
     artifact_id = artifact.publish(request.out, manifest, sources)
-    text = json.dumps(report, indent=1).encode()
-    durable.replace_file(request.out.with_name(f"{request.out.name}.report.json"), [text])
     return Exported(request.out, artifact_id, manifest, report)

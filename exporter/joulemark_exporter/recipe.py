@@ -87,12 +87,18 @@ class Recipe(Settings):
     limits: Limits = Limits()
 
     def plain(self) -> dict[str, Any]:
-        """Everything that decides about the result, as JSON values: the base of the artifact's lineage."""
-        return {
-            **self.model_dump(mode="json"),
+        """Everything that decides about the result, as JSON values: the base of the artifact's lineage.
+
+        Of paths only the last part: where a file lay decides nothing, and what was in it is in the lineage by its sha256."""
+        values = self.model_dump(mode="json", exclude={"adapters"})
+        values["calibration"]["dataset"] = Path(self.calibration.dataset).name
+        values["probe"]["text"] = None if self.probe.text is None else Path(self.probe.text).name
+        values["adapters"] = [{"name": Path(item.path).name, "scale": item.scale} for item in self.adapters]
+        plugins_own = {
             "quantizer": self.quantizer.model_dump(mode="json"),
             "writer": self.writer.model_dump(mode="json"),
         }
+        return {**values, **plugins_own}
 
 
 def read(path: Path) -> Recipe:

@@ -26,7 +26,7 @@ SMALLEST = np.float32(2**-24)
 
 
 @dataclass(frozen=True)
-class Grid:
+class Rounding:
     """`group_size` −1: one group a row. `search`: scales are shrunk where that makes the error (norm 2.4) smaller."""
 
     bits: int = 4
@@ -39,7 +39,7 @@ class Grid:
         return columns if self.group_size == -1 else self.group_size
 
 
-def scales_and_zeros(groups: Float32, grid: Grid) -> tuple[Float32, Float32]:
+def scales_and_zeros(groups: Float32, grid: Rounding) -> tuple[Float32, Float32]:
     """Of groups (…, members) float32 the scale (float16 values) and the zero point (whole), both float32 of shape (…).
 
     Raises BadInput for values that are not finite or whose scale float16 cannot hold.
@@ -57,7 +57,7 @@ def scales_and_zeros(groups: Float32, grid: Grid) -> tuple[Float32, Float32]:
     return _from_range(low, high, grid)
 
 
-def _from_range(low: Float32, high: Float32, grid: Grid) -> tuple[Float32, Float32]:
+def _from_range(low: Float32, high: Float32, grid: Rounding) -> tuple[Float32, Float32]:
     levels = np.float32((1 << grid.bits) - 1)
     wanted = (high - low) / levels
     with np.errstate(over="ignore"):
@@ -73,7 +73,7 @@ def _from_range(low: Float32, high: Float32, grid: Grid) -> tuple[Float32, Float
     return scale, np.clip(np.rint(-low / scale), 0, levels)
 
 
-def _searched(groups: Float32, low: Float32, high: Float32, grid: Grid) -> tuple[Float32, Float32]:
+def _searched(groups: Float32, low: Float32, high: Float32, grid: Rounding) -> tuple[Float32, Float32]:
     """The range shrunk by 0 … 79 %, whichever gives the smallest Σ|w − ŵ|^2.4."""
     best = np.full(low.shape, np.inf, np.float32)
     best_low, best_high = low.copy(), high.copy()
@@ -86,13 +86,13 @@ def _searched(groups: Float32, low: Float32, high: Float32, grid: Grid) -> tuple
     return best_low, best_high
 
 
-def _nearest(groups: Float32, scale: Float32, zero: Float32, grid: Grid) -> Float32:
+def _nearest(groups: Float32, scale: Float32, zero: Float32, grid: Rounding) -> Float32:
     levels = (1 << grid.bits) - 1
     integers = np.clip(np.rint(groups / scale[..., None]) + zero[..., None], 0, levels)
     return np.asarray(scale[..., None] * (integers - zero[..., None]), np.float32)
 
 
-def round_to_grid(weights: Float32, grid: Grid, threads: int = 1) -> GroupQuantized:
+def round_to_grid(weights: Float32, grid: Rounding, threads: int = 1) -> GroupQuantized:
     """Every number to the nearest point of its group's grid: (rows, columns) float32. Raises BadInput (see `scales_and_zeros`)."""
     rows, columns = weights.shape
     size = grid.size(columns)
@@ -116,7 +116,7 @@ def round_to_grid(weights: Float32, grid: Grid, threads: int = 1) -> GroupQuanti
     return GroupQuantized(grid.bits, size, grid.symmetric, integers, scales, zeros)
 
 
-def _round_rows(weights: Float32, grid: Grid, size: int, integers: NDArray[np.uint8]) -> tuple[Float32, Float32]:
+def _round_rows(weights: Float32, grid: Rounding, size: int, integers: NDArray[np.uint8]) -> tuple[Float32, Float32]:
     rows, columns = weights.shape
     whole = columns // size * size
     parts = [(0, whole, size)] if whole else []

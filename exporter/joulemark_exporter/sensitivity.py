@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from joulemark import durable
 from joulemark_exporter import ggml
-from joulemark_exporter.families import HEAD, is_tied, linears
+from joulemark_exporter.families import HEAD
 from joulemark_exporter.importance import Importance
 from joulemark_exporter.quantizers import Task, outputs_first
 from joulemark_exporter.verify import log_softmax
@@ -73,9 +73,8 @@ def _row(values: Mapping[str, Any]) -> Row:
 
 
 def _scaled(task: Task, name: str, options: Mapping[str, tuple[int, float]], cheapest: str, divergence: float) -> Row:
-    linear = linears(task.family, task.model.config).get(name)
-    prefix = f"{task.family.LAYERS}."
-    layer = int(name.removeprefix(prefix).split(".")[0]) if linear else None
+    linear = task.family.matrices(task.model.config).get(name)
+    layer = task.family.layer_of(name) if linear else None
     role = linear.role if linear else ("output" if name == HEAD else "token_embd")
     error = options[cheapest][1]
     scale = divergence / error if error else 0.0
@@ -103,12 +102,12 @@ def _errors(task: Task, types: Sequence[str], weights: Importance) -> dict[str, 
 
 def matrices(task: Task) -> list[str]:
     """Every matrix that has a type to choose: those of the layers, the embedding, the output matrix where it is one of its own."""
-    heads = [task.family.EMBEDDING] + ([] if is_tied(task.family, task.model.config) else [HEAD])
-    return [*heads, *linears(task.family, task.model.config)]
+    heads = [task.family.embedding] + ([] if task.family.is_tied(task.model.config) else [HEAD])
+    return [*heads, *task.family.matrices(task.model.config)]
 
 
 def _values(task: Task, name: str) -> Float32:
-    linear = linears(task.family, task.model.config).get(name)
+    linear = task.family.matrices(task.model.config).get(name)
     weight = task.model.weights[name]
     return outputs_first(weight, linear) if linear else weight.whole()
 
@@ -138,20 +137,20 @@ def _divergences(
     walk = Walk(task.model, task.family)
     reference = walk.embed(windows)
     carried: dict[str, torch.Tensor] = {}
-    head = HEAD if HEAD in cheapest else task.family.EMBEDDING
-    embedding = walk.outer(task.family.EMBEDDING)
+    head = HEAD if HEAD in cheapest else task.family.embedding
+    embedding = walk.outer(task.family.embedding)
     original = embedding.data
-    replaced = torch.from_numpy(rounded(original.numpy(), cheapest[task.family.EMBEDDING], None, task.threads))
+    replaced = torch.from_numpy(rounded(original.numpy(), cheapest[task.family.embedding], None, task.threads))
     embedding.data = replaced
-    carried[task.family.EMBEDDING] = walk.embed(windows)
+    carried[task.family.embedding] = walk.embed(windows)
     embedding.data = original
     for index in range(walk.layers):
         task.say("measuring what errors do", index, walk.layers)
         with walk.layer(index) as layer:
             for states in carried.values():
                 walk.run(index, layer, states)
-            for linear in task.family.LINEARS:
-                name = f"{task.family.LAYERS}.{index}.{linear.name}.weight"
+            for linear in task.family.linears:
+                name = task.family.parameter(index, linear)
                 carried[name] = _with_rounded(
                     walk, index, layer, linear, reference, cheapest[name], weights.get(name), task.threads
                 )

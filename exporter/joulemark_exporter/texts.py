@@ -35,7 +35,7 @@ Progress = sources.Progress
 
 @dataclass(frozen=True)
 class Text:
-    """A named text. `documents` in the source's order; `joined` is how they make one text."""
+    """A named text. `documents` in the source's order."""
 
     name: str
     source: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,11 +9,11 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from joulemark_exporter.families import HEAD, is_tied
+from joulemark_exporter.families import HEAD, Family
 from joulemark_exporter.weights import Model
 
 
-def build(model: Model, family: ModuleType) -> Any:
+def build(model: Model, family: Family) -> Any:
     """The class with its weights, in evaluation mode."""
     config = AutoConfig.for_model(**{key: value for key, value in model.config.items() if key != "quantization_config"})
     with init_empty_weights(include_buffers=False), torch.device("cpu"):
@@ -22,9 +21,9 @@ def build(model: Model, family: ModuleType) -> Any:
     module.load_state_dict(
         {name: torch.from_numpy(weight.whole()) for name, weight in model.weights.items()}, strict=False, assign=True
     )
-    if is_tied(family, model.config):
+    if family.is_tied(model.config):
         head = module.get_submodule(HEAD.removesuffix(".weight"))
-        head.weight = module.get_submodule(family.EMBEDDING.removesuffix(".weight")).weight
+        head.weight = module.get_submodule(family.embedding.removesuffix(".weight")).weight
     left = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if left:
         raise AssertionError(f"{left[0]} was not loaded")

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from joulemark.errors import BadInput
-from joulemark_exporter import probe
 from joulemark_exporter.calibration import Windows
+from joulemark_exporter.families import Family
+from joulemark_exporter.probe import Probe
 from joulemark_exporter.recipe import Limits
 from joulemark_exporter.walk import Walk
 from joulemark_exporter.weights import Float32, Model
@@ -35,6 +34,8 @@ TOKENIZER_PROBES = (
     "👩‍👩‍👧‍👦🏳️‍🌈 emoji №½ ﬁ ①",
     "Question: 7 x 8 = 56?\nAnswer:",
 )
+
+Say = Callable[[str, int, int], None]
 
 FAITHFUL = 0.05
 """Nats. llama.cpp rounds activations to eight bits for quantized weights, which cost 0.003 on SmolLM2 in Q4_1; a wrong rotary base costs
@@ -54,40 +55,45 @@ class Findings:
     reference_perplexity: float
     largest_difference: float
     """Of any logit, after each position's mean is taken off: what float files must keep near zero."""
-    peak_memory_bytes: int
+    engine_peak_memory_bytes: int
+    """Of the process that held the engine, with the logits of a window: an upper bound of what loading takes."""
+
+
+def say_nothing(step: str, done: int, total: int) -> None:
+    """For callers that show no progress."""
+    del step, done, total
 
 
 def reference_states(
-    model: Model, family: ModuleType, windows: torch.Tensor, say: object = None
+    model: Model, family: Family, windows: torch.Tensor, say: Say = say_nothing
 ) -> tuple[Walk, torch.Tensor]:
     """The unquantized model's states behind the last layer, and the walk that turns them into logits."""
     walk = Walk(model, family)
     states = walk.embed(windows)
     for index in range(walk.layers):
-        if callable(say):
-            say("computing the reference", index, walk.layers)
+        say("computing the reference", index, walk.layers)
         with walk.layer(index) as layer:
             walk.run(index, layer, states)
+    say("computing the reference", walk.layers, walk.layers)
     return walk, states
 
 
-def compare(engine: str, path: Path, windows: Windows, walk: Walk, states: torch.Tensor, threads: int) -> Findings:
+def compare(session: Probe, windows: Windows, walk: Walk, states: torch.Tensor) -> Findings:
     """Runs every window through the engine and the reference. Raises EngineFailed, BadInput (another vocabulary)."""
     sums = np.zeros(5)
     largest = 0.0
-    with probe.opened(engine, path, threads) as session:
-        for window, state in zip(windows.tokens, states, strict=True):
-            reference = walk.logits(state).numpy()
-            found = session.logits(window.tolist())
-            if found.shape != reference.shape:
-                raise BadInput(
-                    f"the artifact has a vocabulary of {found.shape[1]} tokens, the model one of {reference.shape[1]}",
-                    "this is a defect of the writer",
-                )
-            part, difference = _window(reference, found, window.numpy())
-            sums += part
-            largest = max(largest, difference)
-        peak = session.peak_memory_bytes()
+    for window, state in zip(windows.tokens, states, strict=True):
+        reference = walk.logits(state).numpy()
+        found = session.logits(window.tolist())
+        if found.shape != reference.shape:
+            raise BadInput(
+                f"the artifact has a vocabulary of {found.shape[1]} tokens, the model one of {reference.shape[1]}",
+                "this is a defect of the writer",
+            )
+        part, difference = _window(reference, found, window.numpy())
+        sums += part
+        largest = max(largest, difference)
+    peak = session.peak_memory_bytes()
     positions, predicted = int(sums[0]), sums[0] - len(states)
     return Findings(
         tokens=positions,
@@ -96,7 +102,7 @@ def compare(engine: str, path: Path, windows: Windows, walk: Walk, states: torch
         perplexity=math.exp(sums[3] / predicted),
         reference_perplexity=math.exp(sums[4] / predicted),
         largest_difference=largest,
-        peak_memory_bytes=peak,
+        engine_peak_memory_bytes=peak,
     )
 
 
@@ -118,32 +124,29 @@ def log_softmax(logits: Float32) -> Float32:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-def check_text(engine: str, path: Path, model: Model, threads: int) -> None:
+def check_text(session: Probe, model: Model) -> None:
     """The engine's tokens on nasty texts, and its chat template, are the model's own. Raises BadInput."""
     from transformers import AutoTokenizer
 
     own = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
-    with probe.opened(engine, path, threads) as session:
-        for text in TOKENIZER_PROBES:
-            expected, found = own(text)["input_ids"], session.tokenize(text)
-            if list(expected) != found:
-                raise BadInput(
-                    f"the artifact tokenizes {text!r} otherwise than the model: {found[:12]} instead of {list(expected)[:12]} …",
-                    "every score would be wrong without a word: state tokenizer_pre in [writer], or report this tokenizer",
-                )
-        template = session.chat_template()
+    for text in TOKENIZER_PROBES:
+        expected, found = own(text)["input_ids"], session.tokenize(text)
+        if list(expected) != found:
+            raise BadInput(
+                f"the artifact tokenizes {text!r} otherwise than the model: {found[:12]} instead of {list(expected)[:12]} …",
+                "every score would be wrong without a word: state tokenizer_pre in [writer], or report this tokenizer",
+            )
+    template = session.chat_template()
     if (own.chat_template is None) != (template is None) or (template is not None and template != own.chat_template):
         raise BadInput("the artifact's chat template is not the model's", "this is a defect of the writer")
 
 
-def check_faithful(
-    engine: str, path: Path, read_back: Model, family: ModuleType, windows: Windows, threads: int
-) -> float:
+def check_faithful(session: Probe, read_back: Model, family: Family, windows: Windows) -> float:
     """The divergence between the engine and transformers on the very weights that the file holds: what the writer did wrong (a rotary
     base, a permutation, a norm), apart from what was lost by quantizing. Raises BadInput when it is more than the engine's own rounding."""
     some = dataclasses.replace(windows, tokens=windows.tokens[:FAITHFUL_WINDOWS])
     walk, states = reference_states(read_back, family, some.tokens)
-    divergence = compare(engine, path, some, walk, states, threads).divergence
+    divergence = compare(session, some, walk, states).divergence
     if divergence > FAITHFUL:
         raise BadInput(
             f"the engine computes something else from this file than its weights say: divergence {divergence:.3g}",

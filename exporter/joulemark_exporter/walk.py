@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Mapping
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from joulemark_exporter.families import HEAD, is_tied, layer_count
+from joulemark_exporter.families import HEAD, Family
 from joulemark_exporter.weights import Model
 
 
@@ -42,10 +41,10 @@ class _StandIn(nn.Module):
 class Walk:
     """A model whose layers are visited one after the other. Not thread-safe."""
 
-    def __init__(self, model: Model, family: ModuleType) -> None:
+    def __init__(self, model: Model, family: Family) -> None:
         self._weights = model.weights
-        self._prefix: str = family.LAYERS
-        self.layers = layer_count(family, model.config)
+        self._prefix: str = family.layers
+        self.layers = family.layer_count(model.config)
         config = AutoConfig.for_model(
             **{key: value for key, value in model.config.items() if key != "quantization_config"}
         )
@@ -55,14 +54,14 @@ class Walk:
         self._module.eval()
         self._layers: nn.ModuleList = self._module.get_submodule(self._prefix)
         self._real = list(self._layers)
-        self._stand_ins = [_StandIn(getattr(family, "RETURNS_TUPLE", False)) for _ in self._real]
+        self._stand_ins = [_StandIn(family.returns_tuple) for _ in self._real]
         for index, stand_in in enumerate(self._stand_ins):
             self._layers[index] = stand_in
         outer = {name for name in model.weights if not name.startswith(f"{self._prefix}.")}
         _load(self._module, {name: torch.from_numpy(model.weights[name].whole()) for name in outer})
-        if is_tied(family, model.config):
+        if family.is_tied(model.config):
             head = self._module.get_submodule(HEAD.removesuffix(".weight"))
-            head.weight = self._module.get_submodule(family.EMBEDDING.removesuffix(".weight")).weight
+            head.weight = self._module.get_submodule(family.embedding.removesuffix(".weight")).weight
 
     @torch.inference_mode()
     def embed(self, windows: Tensor) -> Tensor:

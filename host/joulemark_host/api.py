@@ -22,8 +22,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from joulemark import __version__
 from joulemark.errors import JoulemarkError, NotFound, http_status, to_problem
-from joulemark.wire import SCHEMA, Grid, Manifest, Problem
+from joulemark.wire import SCHEMA, Manifest, Problem
 from joulemark_host.figures import Figure, draw, grid_csv
+from joulemark_host.grid import Grid
 from joulemark_host.intake import spool
 from joulemark_host.page import ONLINE_POLICY, STATIC_TYPES, Choice, error_page, online_page, static
 from joulemark_host.records import Records

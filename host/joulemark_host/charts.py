@@ -13,8 +13,9 @@ from typing import Any
 import vl_convert
 
 from joulemark.metrics import METRICS
-from joulemark.wire import Cell, Grid, Measure
+from joulemark.wire import Measure
 from joulemark_host.colours import CIVIDIS, DARK_TEXT, LIGHT_TEXT, THEMES, fill_colour, text_colour
+from joulemark_host.grid import Cell, Grid
 from joulemark_host.readable import TITLES, Unit, amount, explanation, grid_unit, interval, kind, number
 
 CELL_WIDTH = 168

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from joulemark.errors import BadInput
 from joulemark.metrics import METRICS
-from joulemark.wire import Absent, Cell, Grid, Measure
+from joulemark.wire import Absent, Measure
 from joulemark_host.conditions import Difference, differences, most_shared, short
 from joulemark_host.facts import RunFacts
+from joulemark_host.grid import Cell, Grid
 
 UNSUPPORTED_CODES = frozenset({"model_rejected", "unsupported", "missing_extra", "does_not_fit"})
 """Problem codes that say: this model cannot run on this board as it is; trying again changes nothing."""

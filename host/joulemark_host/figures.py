@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from joulemark.metrics import METRICS
-from joulemark.wire import Cell, Grid, Measure
+from joulemark.wire import Measure
 from joulemark_host.charts import heatmap
 from joulemark_host.compare import build_grid, label_artifacts, label_devices, latest_runs, measured
 from joulemark_host.conditions import most_shared, shared_conditions
 from joulemark_host.facts import RunFacts
+from joulemark_host.grid import Cell, Grid
 from joulemark_host.readable import TITLES, amount, explanation, grid_unit, interval, kind
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from joulemark.metrics import METRICS
-from joulemark.wire import Absent, Cell, Grid, Measure
+from joulemark.wire import Absent, Measure
+from joulemark_host.grid import Cell, Grid
 
 SYMBOLS = {"Cel": "°C", "1/s": "questions/s"}
 TITLES = {

@@ -15,8 +15,7 @@ import pytest
 from joulemark.errors import BadInput
 from joulemark_exporter import adapter_gguf, checkpoint, lora
 from tests.fixtures import hub_models
-from tests.joulemark_exporter.test_gguf_writer import write
-from tests.joulemark_exporter.test_lora import CASES, logits_of, train
+from tests.fixtures.exporting import CASES, logits_of, train, write
 
 llama: Any = llama_cpp
 

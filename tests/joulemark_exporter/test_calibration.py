@@ -16,7 +16,7 @@ from joulemark_exporter import calibration, checkpoint, families, importance, te
 from joulemark_exporter.recipe import CalibrationSettings
 from joulemark_exporter.walk import Walk
 from tests.fixtures import hub_models
-from tests.joulemark_exporter.test_gguf_writer import task
+from tests.fixtures.exporting import task
 
 TEXT = texts.Text(
     "made", "here", "0" * 64, tuple(f"Paragraph {number} speaks of {number * 7} things." for number in range(200))
@@ -57,8 +57,8 @@ def test_moments_are_those_of_the_inputs(family: str, tmp_path: Path) -> None:
     found_family = families.find(opened.model_type)
     windows = torch.randint(3, 600, (3, 32), generator=torch.Generator().manual_seed(0))
     seen: dict[tuple[int, int], list[torch.Tensor]] = {}
-    for index, layer in enumerate(model.get_submodule(found_family.LAYERS)):
-        for linear in found_family.LINEARS:
+    for index, layer in enumerate(model.get_submodule(found_family.layers)):
+        for linear in found_family.linears:
             layer.get_submodule(linear.name).register_forward_pre_hook(
                 lambda _module, inputs, key=(index, linear.stage): seen.setdefault(key, []).append(
                     inputs[0].reshape(-1, inputs[0].shape[-1])
@@ -70,9 +70,9 @@ def test_moments_are_those_of_the_inputs(family: str, tmp_path: Path) -> None:
     states = walk.embed(windows)
     for index in range(walk.layers):
         with walk.layer(index) as layer:
-            with calibration.measured(layer, found_family, calibration.stages(found_family)) as full:
+            with calibration.measured(layer, found_family, found_family.stages()) as full:
                 walk.run(index, layer, states, keep=False)
-            with calibration.measured(layer, found_family, calibration.stages(found_family), diagonal=True) as diagonal:
+            with calibration.measured(layer, found_family, found_family.stages(), diagonal=True) as diagonal:
                 walk.run(index, layer, states)
         for stage, moments in full.items():
             rows = seen[index, stage][0].double()
@@ -97,7 +97,7 @@ def test_importance_is_measured_once_and_kept(tmp_path: Path) -> None:
     steps.clear()
     second, _ = importance.measure(given)
     assert not steps
-    assert set(first) == set(families.linears(given.family, given.model.config))
+    assert set(first) == set(given.family.matrices(given.model.config))
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from joulemark.errors import BadInput, NotFound
 from joulemark_exporter import checkpoint, packing
-from joulemark_exporter.grid import Grid, round_to_grid
+from joulemark_exporter.rounding import Rounding, round_to_grid
 from tests.fixtures import hub_models
 
 UP = "model.layers.1.mlp.up_proj"
@@ -143,7 +143,7 @@ def as_gptq(folder: Path, version: str, bits: int = 4, symmetric: bool = True) -
 
     def quantize(tensors: dict[str, Any]) -> None:
         for name in [name for name in tensors if "proj" in name]:
-            matrix = round_to_grid(tensors.pop(name), Grid(bits, 32, symmetric))
+            matrix = round_to_grid(tensors.pop(name), Rounding(bits, 32, symmetric))
             chosen[name] = matrix
             for part, values in packing.to_gptq(matrix, version).items():
                 tensors[f"{name.removesuffix('weight')}{part}"] = values

@@ -14,7 +14,7 @@ from joulemark.errors import BadInput, NotFound
 from joulemark_exporter import configuration
 from joulemark_exporter.writers import gguf as writer
 from tests.fixtures import hub_models
-from tests.joulemark_exporter.test_gguf_writer import engine_logits, some_tokens, task, write
+from tests.fixtures.exporting import engine_logits, some_tokens, task, write
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -7,7 +7,7 @@ import pytest
 
 from joulemark.errors import BadInput
 from joulemark_exporter import error_feedback
-from joulemark_exporter.grid import Grid, round_to_grid, scales_and_zeros
+from joulemark_exporter.rounding import Rounding, round_to_grid, scales_and_zeros
 
 COLUMNS = 96
 
@@ -23,7 +23,7 @@ def problem(seed: int, rows: int = 12, columns: int = COLUMNS) -> tuple[np.ndarr
 
 
 def by_definition(
-    weights: np.ndarray, moments: np.ndarray, grid: Grid, damping: float, act_order: bool, static: bool
+    weights: np.ndarray, moments: np.ndarray, grid: Rounding, damping: float, act_order: bool, static: bool
 ) -> np.ndarray:
     values, moments = weights.astype(np.float64), moments.copy()
     columns = values.shape[1]
@@ -62,7 +62,7 @@ def test_the_integers_are_those_of_the_definition(
     symmetric: bool, group_size: int, act_order: bool, static: bool, block: int
 ) -> None:
     weights, moments = problem(group_size + 7)
-    grid = Grid(4, group_size, symmetric)
+    grid = Rounding(4, group_size, symmetric)
     found = error_feedback.quantize(weights, moments, grid, act_order=act_order, static_groups=static, block=block)
     assert np.array_equal(found.matrix.integers, by_definition(weights, moments, grid, 0.01, act_order, static))
     assert found.dead == 1
@@ -73,8 +73,8 @@ def output_error(weights: np.ndarray, moments: np.ndarray, rounded: np.ndarray) 
     return float(np.einsum("oi,ij,oj->", difference, moments, difference))
 
 
-@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(3, 16, False), Grid(4, -1), Grid(2, 8)])
-def test_the_output_error_is_far_below_rounding_to_nearest(grid: Grid) -> None:
+@pytest.mark.parametrize("grid", [Rounding(4, 32), Rounding(3, 16, False), Rounding(4, -1), Rounding(2, 8)])
+def test_the_output_error_is_far_below_rounding_to_nearest(grid: Rounding) -> None:
     weights, moments = problem(1, rows=40)
     found = error_feedback.quantize(weights, moments, grid).matrix.dequantize()
     nearest = round_to_grid(weights, grid).dequantize()
@@ -83,7 +83,7 @@ def test_the_output_error_is_far_below_rounding_to_nearest(grid: Grid) -> None:
 
 def test_the_loss_is_half_the_output_error_that_the_damped_moments_predict() -> None:
     weights, moments = problem(2)
-    found = error_feedback.quantize(weights, moments, Grid(4, 32))
+    found = error_feedback.quantize(weights, moments, Rounding(4, 32))
     live = weights.copy()
     live[:, 5] = 0
     damped = moments.copy()
@@ -95,7 +95,7 @@ def test_the_loss_is_half_the_output_error_that_the_damped_moments_predict() -> 
 def test_without_correlations_it_is_rounding_to_nearest() -> None:
     weights, _ = problem(3, rows=50)
     moments = np.diag(np.random.default_rng(4).uniform(0.5, 2, COLUMNS))
-    for grid in (Grid(4, 32), Grid(4, 16, False)):
+    for grid in (Rounding(4, 32), Rounding(4, 16, False)):
         assert np.array_equal(
             error_feedback.quantize(weights, moments, grid).matrix.integers, round_to_grid(weights, grid).integers
         )
@@ -103,8 +103,8 @@ def test_without_correlations_it_is_rounding_to_nearest() -> None:
 
 def test_act_order_says_which_column_is_in_which_group() -> None:
     weights, moments = problem(5)
-    dynamic = error_feedback.quantize(weights, moments, Grid(4, 32), act_order=True).matrix
-    static = error_feedback.quantize(weights, moments, Grid(4, 32), act_order=True, static_groups=True).matrix
+    dynamic = error_feedback.quantize(weights, moments, Rounding(4, 32), act_order=True).matrix
+    static = error_feedback.quantize(weights, moments, Rounding(4, 32), act_order=True, static_groups=True).matrix
     assert static.column_groups is None
     assert dynamic.column_groups is not None
     assert sorted(dynamic.column_groups.tolist()) == sorted(np.repeat(range(3), 32).tolist())
@@ -120,12 +120,12 @@ def test_act_order_says_which_column_is_in_which_group() -> None:
 def test_singular_moments_are_damped_more_and_said_so() -> None:
     weights, _ = problem(6, columns=32)
     one = np.random.default_rng(0).standard_normal((1, 32))
-    found = error_feedback.quantize(weights, one.T @ one, Grid(4, 32), damping=1e-17)
+    found = error_feedback.quantize(weights, one.T @ one, Rounding(4, 32), damping=1e-17)
     assert found.damping > 1e-17
     negative = -np.eye(32)
     with pytest.raises(BadInput, match="not positive definite"):
-        error_feedback.quantize(weights, negative, Grid(4, 32))
+        error_feedback.quantize(weights, negative, Rounding(4, 32))
     with pytest.raises(BadInput, match="do not fit"):
-        error_feedback.quantize(weights, np.eye(31), Grid(4, 32))
+        error_feedback.quantize(weights, np.eye(31), Rounding(4, 32))
     with pytest.raises(BadInput, match="not finite"):
-        error_feedback.quantize(weights, np.full((32, 32), np.nan), Grid(4, 32))
+        error_feedback.quantize(weights, np.full((32, 32), np.nan), Rounding(4, 32))

@@ -19,7 +19,7 @@ def test_the_tensors_are_those_of_the_class(family: str) -> None:
     found = families.find(model.config.model_type)
     stated = {tensor.name: tensor.shape for tensor in found.tensors(model.config.to_dict())}
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if families.is_tied(found, model.config.to_dict()):
+    if found.is_tied(model.config.to_dict()):
         own.pop("lm_head.weight", None)
     assert stated == own
 
@@ -61,7 +61,7 @@ def test_stored_states_are_taken_up_where_they_were(tmp_path: Path) -> None:
 
 def test_linears_are_those_that_share_an_input_in_order() -> None:
     config = hub_models.build("llama").config.to_dict()
-    found = families.linears(families.find("llama"), config)
+    found = families.find("llama").matrices(config)
     assert len(found) == 3 * 7
     assert next(iter(found)) == "model.layers.0.self_attn.q_proj.weight"
 

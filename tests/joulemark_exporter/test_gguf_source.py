@@ -14,8 +14,8 @@ from joulemark_exporter import checkpoint, gguf_source
 from joulemark_exporter.quantizers import none, rtn
 from joulemark_exporter.writers import gguf as writer
 from tests.fixtures import hub_models
+from tests.fixtures.exporting import task, write
 from tests.fixtures.tiny_models import write_mamba
-from tests.joulemark_exporter.test_gguf_writer import task, write
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"])

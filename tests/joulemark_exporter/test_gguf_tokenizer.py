@@ -14,7 +14,7 @@ from joulemark.errors import BadInput, NotFound
 from joulemark_exporter import gguf_tokenizer, hub_tokenizer, pre_tokenizers, probe
 from joulemark_exporter.verify import TOKENIZER_PROBES
 from tests.fixtures import hub_models
-from tests.joulemark_exporter.test_gguf_writer import write
+from tests.fixtures.exporting import write
 
 TEXTS = (
     *TOKENIZER_PROBES,

@@ -12,46 +12,14 @@ import pytest
 import torch
 
 from joulemark.errors import BadInput
-from joulemark_exporter import checkpoint, families, probe
-from joulemark_exporter.quantizers import Choices, Integers, Task, none, rtn
-from joulemark_exporter.recipe import CalibrationSettings
+from joulemark_exporter.quantizers import Integers, none, rtn
 from joulemark_exporter.writers import gguf as writer
 from tests.fixtures import hub_models, llama_cpp_source
+from tests.fixtures.exporting import engine_logits, some_tokens, task, write
 
 WRITABLE = tuple(name for name in hub_models.FAMILIES if name != "opt")
 # ggml computes GELU from a table of 16-bit floats; SiLU it computes in full.
 TABLED = ("gemma", "gemma2", "gemma3", "gpt2", "bloom")
-
-
-def task(folder: Path, work: Path) -> Task:
-    model = checkpoint.open_folder(folder)
-    return Task(
-        name="tiny",
-        licence=None,
-        model=model,
-        family=families.find(model.model_type),
-        calibration=CalibrationSettings(),
-        cache=work,
-        threads=2,
-        work=work,
-        say=lambda *_: None,
-    )
-
-
-def write(folder: Path, out: Path, choices: Choices | None = None, kind: Any = "F32") -> Path:
-    out.mkdir()
-    given = task(folder, out)
-    chosen = choices or none.quantize(given, none.Options(type=kind))
-    return writer.write(given, chosen, out, writer.Options()).files[0]
-
-
-def engine_logits(path: Path, tokens: list[int]) -> np.ndarray:
-    with probe.opened("llamacpp", path, 2) as session:
-        return np.array(session.logits(tokens))
-
-
-def some_tokens(count: int = 60) -> list[int]:
-    return torch.randint(5, 590, (count,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 @pytest.mark.parametrize("family", WRITABLE)

@@ -9,51 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from joulemark.errors import BadInput, NotFound
-from joulemark_exporter import checkpoint, families, lora
-from joulemark_exporter.walk import Walk
+from joulemark_exporter import checkpoint, lora
 from joulemark_exporter.weights import Model
 from tests.fixtures import hub_models
-
-LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TARGETS = {
-    "llama": LLAMA,
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-    "opt": ["q_proj", "v_proj", "fc1"],
-    "bloom": ["query_key_value", "dense"],
-}
-WINDOW = torch.arange(5, 45)[None]
-
-
-def train(base: Path, folder: Path, family: str, seed: int = 0, **settings: Any) -> None:
-    """An adapter with random A and B, as if it had been trained, and DoRA's magnitudes moved."""
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        **{"r": 4, "lora_alpha": 12, "target_modules": TARGETS[family], "task_type": "CAUSAL_LM", **settings}
-    )
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name or "lora_B" in name or "lora_embedding" in name:
-            torch.nn.init.normal_(parameter, 0, 0.1)
-        elif "magnitude" in name or "modules_to_save" in name:
-            parameter.data *= 1 + 0.2 * torch.rand_like(parameter)
-        elif parameter.requires_grad:
-            parameter.data += 0.1
-    model.save_pretrained(folder)
-
-
-def logits_of(model: Model) -> torch.Tensor:
-    """Through the walk, which `test_families` compares with transformers."""
-    walk = Walk(model, families.find(model.model_type))
-    states = walk.embed(WINDOW)
-    for index in range(walk.layers):
-        with walk.layer(index) as layer:
-            walk.run(index, layer, states)
-    return walk.logits(states[0])
+from tests.fixtures.exporting import CASES, WINDOW, logits_of, train
 
 
 def peft_logits(base: Path, adapters: dict[str, Path]) -> torch.Tensor:
@@ -67,25 +31,6 @@ def peft_logits(base: Path, adapters: dict[str, Path]) -> torch.Tensor:
     model.base_model.set_adapter(list(adapters))
     with torch.inference_mode():
         return model.eval()(WINDOW).logits[0]
-
-
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "plain": ("llama", {}),
-    "patterns": (
-        "llama",
-        {"rank_pattern": {"q_proj": 7, r"layers\.1\.mlp\.up_proj": 2}, "alpha_pattern": {"v_proj": 30}},
-    ),
-    "rslora": ("llama", {"use_rslora": True}),
-    "dora": ("llama", {"use_dora": True}),
-    "embedding": ("llama", {"target_modules": [*LLAMA, "embed_tokens"]}),
-    "head": ("llama", {"target_modules": [*LLAMA, "lm_head"]}),
-    "whole tensors": ("llama", {"modules_to_save": ["lm_head"]}),
-    "conv1d": ("gpt2", {"fan_in_fan_out": True}),
-    "conv1d dora": ("gpt2", {"fan_in_fan_out": True, "use_dora": True}),
-    "opt": ("opt", {}),
-    "trained biases": ("opt", {"bias": "all"}),
-    "bloom": ("bloom", {}),
-}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,10 @@ import torch
 
 from joulemark import artifact
 from joulemark.errors import BadInput
-from joulemark_exporter import onnx_graph, pipeline, recipe
+from joulemark_exporter import onnx_graph, pipeline
 from joulemark_exporter.writers import onnx as writer
 from tests.fixtures import hub_models
-from tests.joulemark_exporter.test_gguf_writer import task
-from tests.joulemark_exporter.test_pipeline import CALIBRATION, quiet, request
+from tests.fixtures.exporting import quiet, request, task
 
 
 class Graph:
@@ -66,10 +66,7 @@ def test_the_graph_computes_what_transformers_computes(family: str, tmp_path: Pa
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_floats_the_whole_way(precision: str, tmp_path: Path) -> None:
     hub_models.write(tmp_path / "base", "llama")
-    text = f"[quantizer]\nuse = 'none'\n[writer]\nuse = 'onnx'\nprecision = '{precision}'\n{CALIBRATION}"
-    given = pipeline.Request(
-        str(tmp_path / "base"), recipe.parse(text), tmp_path / "out", request(tmp_path, "use = 'rtn'").cache, 2
-    )
+    given = request(tmp_path / "base", "use = 'none'", f"[writer]\nuse = 'onnx'\nprecision = '{precision}'\n")
     exported = pipeline.export(given, quiet)
     manifest = artifact.verify(exported.folder)
     assert (manifest.format, manifest.quantization, manifest.context_tokens) == ("onnx", precision, 256)
@@ -78,9 +75,8 @@ def test_floats_the_whole_way(precision: str, tmp_path: Path) -> None:
 
 def test_four_bits_the_whole_way(tmp_path: Path) -> None:
     hub_models.write(tmp_path / "base", "llama")
-    text = f"[quantizer]\nuse = 'gptq'\n[writer]\nuse = 'onnx'\nprecision = 'int4'\naccuracy_level = 1\n{CALIBRATION}"
-    given = pipeline.Request(
-        str(tmp_path / "base"), recipe.parse(text), tmp_path / "out", request(tmp_path, "use = 'rtn'").cache, 2
+    given = request(
+        tmp_path / "base", "use = 'gptq'", "[writer]\nuse = 'onnx'\nprecision = 'int4'\naccuracy_level = 1\n"
     )
     exported = pipeline.export(given, quiet)
     assert artifact.verify(exported.folder).quantization == "GPTQ-4-g32"
@@ -103,3 +99,26 @@ def test_what_the_graphs_cannot_hold_is_said_before(tmp_path: Path) -> None:
     ):
         with pytest.raises(BadInput, match=words):
             writer.check(which, options, form)
+
+
+def test_large_graphs_keep_their_weights_in_a_file_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_graph, "LARGEST_FILE", 1000)
+    hub_models.write(tmp_path / "base", "llama")
+    exported = pipeline.export(request(tmp_path / "base", "use = 'none'", "[writer]\nuse = 'onnx'\n"), quiet)
+    assert [entry.path for entry in exported.manifest.files][:2] == ["model.onnx", "model.onnx.data"]
+    sizes = {entry.path: entry.size_bytes for entry in exported.manifest.files}
+    assert sizes["model.onnx.data"] > 4 * 0.9 * exported.manifest.parameters
+    assert exported.manifest.weight_bytes == sizes["model.onnx"] + sizes["model.onnx.data"]
+    assert exported.report["findings"]["divergence"] < 1e-6
+
+
+def test_a_generation_ends_where_the_model_s_own_settings_say(tmp_path: Path) -> None:
+    hub_models.write(tmp_path / "base", "llama")
+    exported = pipeline.export(request(tmp_path / "base", "use = 'none'", "[writer]\nuse = 'onnx'\n"), quiet)
+    graph = onnxruntime.InferenceSession(str(exported.folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    told = {name: json.loads(value) for name, value in graph.get_modelmeta().custom_metadata_map.items()}
+    assert told["joulemark.end_tokens"] == [1, 4, 5]  # </s> by config.json; <|im_end|> and <|endoftext|> always
+    assert told["joulemark.context_tokens"] == 256
+    assert told["joulemark.parameters"] == exported.manifest.parameters

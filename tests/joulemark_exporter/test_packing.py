@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from joulemark.errors import BadInput
 from joulemark_exporter import packing
-from joulemark_exporter.grid import Grid, round_to_grid
 from joulemark_exporter.group_quantized import GroupQuantized
+from joulemark_exporter.rounding import Rounding, round_to_grid
 
 
 def matrix(
@@ -135,6 +135,6 @@ def test_damaged_tensors_are_refused(name: str, change: Any) -> None:
 def test_re_quantizing_would_throw_the_work_away() -> None:
     """Why repacking exists: rounding the de-quantized matrix again moves most of its numbers."""
     weights = np.random.default_rng(2).standard_normal((64, 960)).astype(np.float32)
-    wanted = round_to_grid(weights, Grid(4, 96)).dequantize()
+    wanted = round_to_grid(weights, Rounding(4, 96)).dequantize()
     again = gguf.dequantize(gguf.quantize(wanted, gguf.GGMLQuantizationType.Q4_0), gguf.GGMLQuantizationType.Q4_0)
     assert (again != wanted).mean() > 0.5

@@ -14,15 +14,13 @@ import torch
 
 from joulemark import artifact
 from joulemark.errors import BadInput, Conflict, DigestMismatch, EngineFailed, NoSpace
-from joulemark.sources import default_cache
-from joulemark_exporter import gguf_tokenizer, pipeline, recipe
+from joulemark_exporter import checkpoint, gguf_tokenizer, pipeline, recipe
 from joulemark_exporter.families import llama
 from joulemark_exporter.quantizers import gptq
 from joulemark_exporter.writers import gguf as writer
 from tests.fixtures import hub_models
-from tests.joulemark_exporter.test_lora import train
+from tests.fixtures.exporting import quiet, request, train
 
-CALIBRATION = "[calibration]\nsamples = 6\ntokens = 48\n[probe]\nwindows = 2\ntokens = 48\n"
 QUANTIZERS = {
     "none": "use = 'none'\ntype = 'F16'",
     "rtn": "use = 'rtn'",
@@ -36,18 +34,6 @@ QUANTIZERS = {
 def base(tmp_path: Path) -> Path:
     hub_models.write(tmp_path / "base", "llama")
     return tmp_path / "base"
-
-
-def request(base: Path, quantizer: str, more: str = "", **changed: Any) -> pipeline.Request:
-    text = f"[quantizer]\n{quantizer}\n{CALIBRATION}{more}"
-    given = pipeline.Request(
-        model=str(base), recipe=recipe.parse(text), out=base.parent / "out", cache=default_cache(), threads=2
-    )
-    return dataclasses.replace(given, **changed)
-
-
-def quiet(step: str, done: int, total: int) -> None:
-    del step, done, total
 
 
 def left_over(base: Path) -> list[str]:
@@ -69,6 +55,67 @@ def test_the_whole_way(name: str, base: Path) -> None:
     assert not list(base.parent.glob(".out*"))
     again = pipeline.export(request(base, QUANTIZERS[name]), quiet)
     assert again.artifact_id == exported.artifact_id
+
+
+def test_the_memory_that_a_board_needs_is_reckoned_from_the_model(base: Path, tmp_path: Path) -> None:
+    """Three layers, two key heads of 16: 192 numbers a position, 256 positions; the weights as they are loaded."""
+    numbers = sum(weight.size for weight in checkpoint.open_folder(base).weights.values())
+    writer_of = "[writer]\nuse = 'onnx'\nprecision = '{}'\n".format
+    cases = [
+        ("q4", QUANTIZERS["rtn"], "", None, 2),
+        ("f32", "use = 'none'\ntype = 'F32'", "", None, 4),
+        ("fp16", "use = 'none'", writer_of("fp16"), 4 * numbers, 4),
+    ]
+    for name, quantizer, more, resident, size in cases:
+        manifest = pipeline.export(request(base, quantizer, more, out=tmp_path / name), quiet).manifest
+        weights = manifest.weight_bytes if resident is None else resident
+        assert manifest.required_memory_bytes == weights + 256 * 192 * size
+    assert (
+        pipeline.export(request(base, QUANTIZERS["rtn"], out=tmp_path / "q4"), quiet).report["weight_bytes"] < numbers
+    )
+
+
+def test_the_report_says_on_what_it_rests(base: Path) -> None:
+    exported = pipeline.export(request(base, QUANTIZERS["rtn"]), quiet)
+    report = json.loads((base.parent / "out.report.json").read_text())
+    assert report == exported.report
+    text = pipeline.probe_text(request(base, QUANTIZERS["rtn"]))
+    assert report["probe"] == {"text": text.name, "sha256": text.sha256, "windows": 2, "tokens": 48, "beginning": False}
+    assert report["artifact_id"] == exported.artifact_id
+    assert report["bits_per_weight"] == 8 * exported.manifest.weight_bytes / exported.manifest.parameters
+    assert report["findings"]["engine_peak_memory_bytes"] > 1 << 20
+
+
+def test_calibration_is_part_of_the_lineage_where_there_is_any(base: Path, tmp_path: Path) -> None:
+    """A text that was edited gives another artifact, wherever it lies; and no path of this machine is in the manifest."""
+    found = {}
+    for name, content in (("one", "a"), ("two", "a"), ("three", "b")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "text.txt").write_text(
+            "\n\n".join(f"Line {number} of {content} has {number} words." for number in range(300))
+        )
+        more = f"samples = 6\ntokens = 48\ndataset = '{folder / 'text.txt'}'\n[probe]\nwindows = 2\ntokens = 48\n"
+        given = request(base, QUANTIZERS["gptq"], out=folder / "out")
+        changed = recipe.parse(f"[quantizer]\n{QUANTIZERS['gptq']}\n[calibration]\n{more}")
+        found[name] = pipeline.export(dataclasses.replace(given, recipe=changed), quiet)
+    assert found["one"].artifact_id == found["two"].artifact_id != found["three"].artifact_id
+    origin = found["one"].manifest.origin
+    assert origin is not None
+    assert [step.name for step in origin.steps] == ["checkpoint", "calibration text.txt"]
+    assert str(tmp_path) not in (tmp_path / "one" / "out" / "manifest.json").read_text()
+    plain = pipeline.export(request(base, QUANTIZERS["rtn"], out=tmp_path / "plain"), quiet).manifest.origin
+    assert plain is not None
+    assert [step.name for step in plain.steps] == ["checkpoint"]
+
+
+def test_an_artifact_that_was_damaged_since_is_not_taken_for_whole(base: Path) -> None:
+    exported = pipeline.export(request(base, QUANTIZERS["rtn"]), quiet)
+    with (exported.folder / "model.gguf").open("r+b") as file:
+        file.seek(-9, 2)
+        file.write(b"x")
+    with pytest.raises(DigestMismatch):
+        pipeline.export(request(base, QUANTIZERS["rtn"]), quiet)
 
 
 def test_the_same_inputs_give_the_same_id_and_others_another(base: Path, tmp_path: Path) -> None:
@@ -105,6 +152,14 @@ def test_what_fails_a_limit_is_not_published(base: Path) -> None:
         assert left_over(base) == []
 
 
+def state(monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]) -> None:
+    """Puts wrong values into the header."""
+    own = llama.FAMILY.metadata
+    monkeypatch.setattr(
+        llama, "FAMILY", dataclasses.replace(llama.FAMILY, metadata=lambda config: {**own(config), **wrong})
+    )
+
+
 def plant(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None]) -> None:
     original = writer.write
 
@@ -131,9 +186,7 @@ def test_flipped_bits_are_caught(base: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_file_that_the_engine_refuses_is_not_published(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        llama, "metadata", lambda config, own=llama.metadata: {**own(config), "attention.head_count": 3}
-    )
+    state(monkeypatch, {"attention.head_count": 3})
     with pytest.raises((EngineFailed, BadInput)):
         pipeline.export(request(base, QUANTIZERS["none"]), quiet)
     assert left_over(base) == []
@@ -152,7 +205,7 @@ def test_silent_errors_of_the_header_are_caught(
     wrong: dict[str, Any], quantizer: str, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without any limit in the recipe: the engine would load the file and compute nonsense."""
-    monkeypatch.setattr(llama, "metadata", lambda config, own=llama.metadata: {**own(config), **wrong})
+    state(monkeypatch, wrong)
     with pytest.raises(BadInput, match="something else from this file"):
         pipeline.export(request(base, QUANTIZERS[quantizer]), quiet)
     assert left_over(base) == []
@@ -244,10 +297,38 @@ def test_damaged_weights_are_named_before_the_quantizer_starts(base: Path, monke
 
 
 def test_a_full_disk_is_noticed_first(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(NoSpace, match="exporting needs"):
+    monkeypatch.setattr(artifact.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(NoSpace, match="the artifact needs"):
         pipeline.export(request(base, QUANTIZERS["rtn"]), quiet)
     assert left_over(base) == []
+
+
+def test_a_probe_that_is_too_long_is_said_before_the_quantizer_starts(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gptq, "quantize", no_work)
+    given = request(base, QUANTIZERS["gptq"])
+    probe = given.recipe.probe.model_copy(update={"windows": 90_000, "tokens": 30_000})
+    with pytest.raises(BadInput, match="90000 are asked for"):
+        pipeline.export(dataclasses.replace(given, recipe=given.recipe.model_copy(update={"probe": probe})), quiet)
+
+
+def test_a_disk_that_fills_up_while_it_writes_leaves_nothing_behind(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    plant(monkeypatch, full)
+    with pytest.raises(OSError, match="No space"):
+        pipeline.export(request(base, QUANTIZERS["gptq"]), quiet)
+    assert left_over(base) == []
+    work = base.parent / ".out.export"
+    assert not (work / "written").exists(), "the large files are gone"
+    assert len(list((work / "gptq").glob("layer-*.npz"))) == 3, "the layers are not"
+    monkeypatch.undo()
+    monkeypatch.setattr(gptq, "_layer", no_work)
+    assert artifact.verify(pipeline.export(request(base, QUANTIZERS["gptq"]), quiet).folder)
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------

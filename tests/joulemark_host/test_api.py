@@ -16,8 +16,9 @@ import pytest
 import uvicorn
 from fastapi.testclient import TestClient
 
-from joulemark.wire import Grid, Manifest, Problem, canonical_json
+from joulemark.wire import Manifest, Problem, canonical_json
 from joulemark_host.api import create_app
+from joulemark_host.grid import Grid
 from joulemark_host.intake import Unacceptable, spool
 from joulemark_host.page import ONLINE_POLICY
 from joulemark_host.records import Records, TooLarge

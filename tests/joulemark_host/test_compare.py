@@ -8,10 +8,11 @@ import pytest
 
 from joulemark.errors import BadInput
 from joulemark.metrics import METRICS
-from joulemark.wire import Absent, Cell, LatencyPlan, Measure, Problem
+from joulemark.wire import Absent, LatencyPlan, Measure, Problem
 from joulemark_host.compare import Entry, build_grid, label_artifacts, label_devices
 from joulemark_host.conditions import CONDITIONS, differing_fields
 from joulemark_host.facts import RunFacts, facts_of
+from joulemark_host.grid import Cell
 from tests.fixtures.grids import LAB, PI, QWEN, SMOL_Q4, SMOL_Q8, fleet, run_facts
 from tests.fixtures.records import make_pack_header, make_record, make_trace, power_channel
 

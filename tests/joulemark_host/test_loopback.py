@@ -13,9 +13,10 @@ from rich.console import Console
 from joulemark import packs
 from joulemark.errors import EngineFailed, NotFound
 from joulemark.tasks import arc_challenge
-from joulemark.wire import Grid, Measure, RunRecord
+from joulemark.wire import Measure, RunRecord
 from joulemark_host import demo
 from joulemark_host.evaluation import Subject, push, run_task
+from joulemark_host.grid import Grid
 from joulemark_host.shelf import Shelf
 from tests.fixtures.gguf_files import write_tiny
 from tests.fixtures.records import make_pack

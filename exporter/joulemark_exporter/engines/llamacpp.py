@@ -37,11 +37,18 @@ class Engine:
                 f"llama.cpp refuses {path.name}: {self._last()}", "the file was not written as llama.cpp reads it"
             )
         self._vocabulary = self._llama.llama_model_get_vocab(self._model)
+        self._full_precision = self._file_type() == "0"
         self.vocabulary_size = int(self._llama.llama_vocab_n_tokens(self._vocabulary))
 
     def _hear(self, level: int, text: bytes, _data: Any) -> None:
         if level in (3, 4):  # warnings and errors
             self._said = [*self._said[-20:], text.decode(errors="replace").strip()]
+
+    def _file_type(self) -> str:
+        """`general.file_type`: 0 is float32, to which the agent gives a float32 memory; all others get 16 bits."""
+        buffer = ctypes.create_string_buffer(16)
+        self._llama.llama_model_meta_val_str(self._model, b"general.file_type", buffer, len(buffer))
+        return buffer.value.decode()
 
     def _last(self) -> str:
         return "; ".join(self._said[-3:]) or "it does not say why"
@@ -71,7 +78,8 @@ class Engine:
         parameters.n_threads = parameters.n_threads_batch = self._threads
         parameters.n_seq_max = 1
         parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        parameters.type_k = parameters.type_v = llama.GGML_TYPE_F32
+        if self._full_precision:
+            parameters.type_k = parameters.type_v = llama.GGML_TYPE_F32
         context = llama.llama_init_from_model(self._model, parameters)
         if not context:
             raise EngineFailed(f"llama.cpp could not make a context: {self._last()}", "is there memory for this model?")

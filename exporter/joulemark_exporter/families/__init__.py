@@ -1,27 +1,12 @@
-"""The family plug-in contract: one file an architecture of transformers, found by `model_type`.
-
-A family module offers
-
-    MODEL_TYPES: tuple[str, ...]              the values of config.json's `model_type` that it describes
-    PREFIX: str                               what every state_dict name but the head's begins with, such as `model.`
-    LAYERS: str                               the state_dict prefix of the list of layers, such as `model.layers`
-    LINEARS: tuple[Linear, ...]               the matrices of a layer that are quantized, in the order in which a layer computes them
-    EMBEDDING: str                            the name of the token embedding
-    TIED: bool                                whether the output matrix is the embedding where config.json does not say
-    RETURNS_TUPLE: bool = False               (optional) whether a layer returns a tuple whose first part are the states
-    GGUF: str                                 the architecture's name in GGUF, or "" where llama.cpp has none
-    tensors(config) -> tuple[Tensor, ...]     every tensor of a checkpoint, with its shape and its place in GGUF
-    metadata(config) -> dict[str, Value]      GGUF key-values under `<GGUF>.`, without that prefix
-    generated(config) -> dict[str, Float32]   tensors that no checkpoint holds (RoPE factors), by GGUF name
+"""The family plug-in contract: one file an architecture of transformers, found by `model_type`, offering `FAMILY: Family`.
 
 Facts come from the transformers class, llama.cpp's loader and its converter (llama-cpp-python 0.3.36), which the tests run beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -29,6 +14,7 @@ from numpy.typing import NDArray
 
 from joulemark import plugins
 from joulemark.errors import BadInput
+from joulemark_exporter.weights import Float32
 
 PACKAGE = "joulemark_exporter.families"
 HEAD = "lm_head.weight"
@@ -73,36 +59,110 @@ class Tensor:
     placement: Placement | None = None
 
 
-Placing = Callable[[str, Config], Placement | None]
+@dataclass(frozen=True)
+class Memory:
+    """The key-value memory of a model: what one position of it holds."""
+
+    layers: int
+    heads: int
+    head_size: int
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of one position: keys and values of all layers."""
+        return 2 * self.layers * self.heads * self.head_size
 
 
-def find(model_type: str) -> ModuleType:
+def nothing(config: Config) -> dict[str, Float32]:
+    """No tensors beside the checkpoint's own."""
+    del config
+    return {}
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture. Functions take config.json; those that look at what llama.cpp can compute raise BadInput where it cannot."""
+
+    model_types: tuple[str, ...]
+    """The values of config.json's `model_type` that it describes."""
+    prefix: str
+    """What every state_dict name but the head's begins with, such as `model.`."""
+    layers: str
+    """The state_dict prefix of the list of layers, such as `model.layers`."""
+    embedding: str
+    """The name of the token embedding."""
+    linears: tuple[Linear, ...]
+    """The matrices of a layer that are quantized, in the order in which a layer computes them."""
+    tied: bool
+    """Whether the output matrix is the embedding where config.json does not say."""
+    gguf: str
+    """The architecture's name in GGUF, or "" where llama.cpp has none."""
+    tensors: Callable[[Config], tuple[Tensor, ...]]
+    """Every tensor of a checkpoint, with its shape and its place in GGUF."""
+    metadata: Callable[[Config], dict[str, Value]]
+    """GGUF's key-values under `<gguf>.`, without that prefix."""
+    context: Callable[[Config], int]
+    """Positions that the model was trained for."""
+    memory: Callable[[Config], Memory]
+    """The shape of its key-value memory."""
+    generated: Callable[[Config], dict[str, Float32]] = nothing
+    """Tensors that no checkpoint holds (RoPE factors), by GGUF name."""
+    from_gguf: Callable[[Config], Config] | None = None
+    """What config.json must say beside the sizes that a GGUF file states; None: GGUF files of it cannot be a source."""
+    returns_tuple: bool = False
+    """Whether a layer returns a tuple whose first part are the states."""
+
+    def is_tied(self, config: Config) -> bool:
+        """Whether the output matrix is the token embedding itself."""
+        return bool(config.get("tie_word_embeddings", self.tied))
+
+    def layer_count(self, config: Config) -> int:
+        """How many layers the model has."""
+        return self.memory(config).layers
+
+    def parameter(self, layer: int, linear: Linear) -> str:
+        """The state_dict name of a layer's matrix."""
+        return f"{self.layers}.{layer}.{linear.name}.weight"
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a state_dict name that belongs to one."""
+        return int(name.removeprefix(f"{self.layers}.").split(".")[0])
+
+    def matrices(self, config: Config) -> dict[str, Linear]:
+        """Every matrix that quantizers work on, layer by layer in the order of computing: state_dict name → what it is."""
+        every = range(self.layer_count(config))
+        return {self.parameter(layer, linear): linear for layer in every for linear in self.linears}
+
+    def stages(self) -> tuple[int, ...]:
+        """The stages of a layer, in the order of computing."""
+        return tuple(sorted({linear.stage for linear in self.linears}))
+
+
+def known() -> Iterator[Family]:
+    """All families."""
+    return (plugins.load(PACKAGE, name).FAMILY for name in plugins.names(PACKAGE))
+
+
+def find(model_type: str) -> Family:
     """The family of a model type. Raises BadInput that names the known ones."""
-    known: list[str] = []
-    for name in plugins.names(PACKAGE):
-        family = plugins.load(PACKAGE, name)
-        if model_type in family.MODEL_TYPES:
+    for family in known():
+        if model_type in family.model_types:
             return family
-        known.extend(family.MODEL_TYPES)
+    types = sorted(name for family in known() for name in family.model_types)
     raise BadInput(
         f"models of type {model_type!r} cannot be exported",
-        f"known: {', '.join(sorted(known))}; a new one is one file in families/",
+        f"known: {', '.join(types)}; a new one is one file in families/",
     )
 
 
-def placing(family: ModuleType) -> Placing:
-    """The function (tensor's name, config) → its place in GGUF."""
-    return lambda name, config: next((item.placement for item in family.tensors(config) if item.name == name), None)
+def vector(name: str, place: str, size: int, add: float = 0.0, row_order: NDArray[np.intp] | None = None) -> Tensor:
+    """A norm or a bias, which llama.cpp keeps in float32."""
+    return Tensor(name, (size,), Placement(place, row_order=row_order, add=add, full_precision=True))
 
 
-def is_tied(family: ModuleType, config: Config) -> bool:
-    """Whether the output matrix is the token embedding itself."""
-    return bool(config.get("tie_word_embeddings", family.TIED))
-
-
-def norm(name: str, place: str, size: int, add: float = 0.0) -> Tensor:
-    """A vector that llama.cpp keeps in float32."""
-    return Tensor(name, (size,), Placement(place, add=add, full_precision=True))
+def affine_norm(name: str, place: str, size: int) -> tuple[Tensor, Tensor]:
+    """A layer norm with weight and bias."""
+    return vector(f"{name}.weight", f"{place}.weight", size), vector(f"{name}.bias", f"{place}.bias", size)
 
 
 def head(config: Config, tied: bool, width: int) -> tuple[Tensor, ...]:
@@ -117,18 +177,6 @@ def rotary_rows(heads: int, rows: int) -> NDArray[np.intp]:
     return np.arange(rows, dtype=np.intp).reshape(heads, 2, half).swapaxes(1, 2).reshape(-1)
 
 
-def layer_count(family: ModuleType, config: Config) -> int:
-    """How many layers the model has."""
-    prefix = f"{family.LAYERS}."
-    return 1 + max(
-        int(item.name[len(prefix) :].split(".")[0]) for item in family.tensors(config) if item.name.startswith(prefix)
-    )
-
-
-def linears(family: ModuleType, config: Config) -> dict[str, Linear]:
-    """Every matrix that quantizers work on, layer by layer in the order of computing: state_dict name → what it is."""
-    return {
-        f"{family.LAYERS}.{layer}.{linear.name}.weight": linear
-        for layer in range(layer_count(family, config))
-        for linear in family.LINEARS
-    }
+def with_defaults(config: Config, defaults: Mapping[str, Any]) -> Config:
+    """What config.json says, with the class's own defaults where it says nothing (None counts as nothing)."""
+    return {**defaults, **{key: value for key, value in config.items() if value is not None}}

@@ -7,17 +7,21 @@ from numpy.typing import NDArray
 
 from joulemark.errors import BadInput
 from joulemark_exporter import configuration
-from joulemark_exporter.families import Config, Linear, Placement, Tensor, Value, head, norm
-from joulemark_exporter.weights import Float32
+from joulemark_exporter.families import (
+    Config,
+    Family,
+    Linear,
+    Memory,
+    Placement,
+    Tensor,
+    Value,
+    affine_norm,
+    head,
+    vector,
+)
 
-MODEL_TYPES = ("bloom",)
-PREFIX = "transformer."
 LAYERS = "transformer.h"
 EMBEDDING = "transformer.word_embeddings.weight"
-TIED = True
-GGUF = "bloom"
-RETURNS_TUPLE = True
-"""A block returns (states, attention), where the other classes return the states."""
 LINEARS = (
     Linear("self_attention.query_key_value", "attn_qkv", 0),
     Linear("self_attention.dense", "attn_output", 1),
@@ -28,31 +32,34 @@ TRAINED_CONTEXT = 2048
 """BLOOM was trained with 2048 positions; its config.json states them as `seq_length`, or not at all."""
 
 
-def tensors(config: Config) -> tuple[Tensor, ...]:
-    """See the contract."""
-    width, vocabulary = _width(config), configuration.count(config, "vocab_size")
+def _tensors(config: Config) -> tuple[Tensor, ...]:
+    width, vocabulary, memory = _width(config), configuration.count(config, "vocab_size"), FAMILY.memory(config)
     found = [
         Tensor(EMBEDDING, (vocabulary, width), Placement("token_embd.weight")),
-        *head(config, bool(config.get("tie_word_embeddings", TIED)), width),
+        *head(config, FAMILY.is_tied(config), width),
+        *affine_norm("transformer.word_embeddings_layernorm", "token_embd_norm", width),
+        *affine_norm("transformer.ln_f", "output_norm", width),
     ]
-    for name, place in (("word_embeddings_layernorm", "token_embd_norm"), ("ln_f", "output_norm")):
-        found += [norm(f"transformer.{name}.{kind}", f"{place}.{kind}", width) for kind in ("weight", "bias")]
     shapes = {
         "attn_qkv": (3 * width, width),
         "attn_output": (width, width),
         "ffn_up": (4 * width, width),
         "ffn_down": (width, 4 * width),
     }
-    order = {"attn_qkv": separated(_heads(config), width)}
-    for layer in range(_layers(config)):
+    order = {"attn_qkv": separated(memory.heads, width)}
+    for layer in range(memory.layers):
         source, target = f"{LAYERS}.{layer}", f"blk.{layer}"
-        for name, place in (("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm")):
-            found += [norm(f"{source}.{name}.{kind}", f"{target}.{place}.{kind}", width) for kind in ("weight", "bias")]
+        found += affine_norm(f"{source}.input_layernorm", f"{target}.attn_norm", width)
+        found += affine_norm(f"{source}.post_attention_layernorm", f"{target}.ffn_norm", width)
         for linear in LINEARS:
-            shape, place, rows = shapes[linear.role], f"{target}.{linear.role}", order.get(linear.role)
-            found.append(Tensor(f"{source}.{linear.name}.weight", shape, Placement(f"{place}.weight", row_order=rows)))
-            bias = Placement(f"{place}.bias", row_order=rows, full_precision=True)
-            found.append(Tensor(f"{source}.{linear.name}.bias", shape[:1], bias))
+            name, place, shape, rows = (
+                f"{source}.{linear.name}",
+                f"{target}.{linear.role}",
+                shapes[linear.role],
+                order.get(linear.role),
+            )
+            found.append(Tensor(f"{name}.weight", shape, Placement(f"{place}.weight", row_order=rows)))
+            found.append(vector(f"{name}.bias", f"{place}.bias", shape[0], row_order=rows))
     return tuple(found)
 
 
@@ -61,34 +68,46 @@ def separated(heads: int, width: int) -> NDArray[np.intp]:
     return np.arange(3 * width, dtype=np.intp).reshape(heads, 3, width // heads).swapaxes(0, 1).reshape(-1)
 
 
-def metadata(config: Config) -> dict[str, Value]:
-    """See the contract. Raises BadInput for variants that llama.cpp's bloom does not compute."""
+def _metadata(config: Config) -> dict[str, Value]:
     if config.get("apply_residual_connection_post_layernorm"):
         raise BadInput("this BLOOM adds its residual after the norm", "llama.cpp's bloom cannot: use the ONNX format")
+    memory = FAMILY.memory(config)
     return {
-        "context_length": configuration.count(config, "seq_length", default=TRAINED_CONTEXT),
+        "context_length": _context(config),
         "embedding_length": _width(config),
         "feed_forward_length": 4 * _width(config),
-        "block_count": _layers(config),
-        "attention.head_count": _heads(config),
-        "attention.head_count_kv": _heads(config),
+        "block_count": memory.layers,
+        "attention.head_count": memory.heads,
+        "attention.head_count_kv": memory.heads,
         "attention.layer_norm_epsilon": configuration.real(config, "layer_norm_epsilon", 1e-5),
     }
 
 
-def generated(config: Config) -> dict[str, Float32]:
-    """See the contract."""
-    del config
-    return {}
-
-
-def _layers(config: Config) -> int:
-    return configuration.count(config, "n_layer", "num_hidden_layers")
-
-
-def _heads(config: Config) -> int:
-    return configuration.count(config, "n_head", "num_attention_heads")
+def _context(config: Config) -> int:
+    return configuration.count(config, "seq_length", default=TRAINED_CONTEXT)
 
 
 def _width(config: Config) -> int:
-    return configuration.count(config, "hidden_size", "n_embed")
+    return configuration.count(config, "hidden_size", "n_embed", most=configuration.MOST_WIDTH)
+
+
+def _memory(config: Config) -> Memory:
+    heads = configuration.count(config, "n_head", "num_attention_heads", most=configuration.MOST_WIDTH)
+    layers = configuration.count(config, "n_layer", "num_hidden_layers", most=configuration.MOST_LAYERS)
+    return Memory(layers, heads, configuration.head_size(_width(config), heads))
+
+
+FAMILY = Family(
+    model_types=("bloom",),
+    prefix="transformer.",
+    layers=LAYERS,
+    embedding=EMBEDDING,
+    linears=LINEARS,
+    tied=True,
+    gguf="bloom",
+    tensors=_tensors,
+    metadata=_metadata,
+    context=_context,
+    memory=_memory,
+    returns_tuple=True,
+)

@@ -2,68 +2,33 @@
 
 from __future__ import annotations
 
-from joulemark.errors import BadInput
 from joulemark_exporter import configuration
-from joulemark_exporter.families import Config, Tensor, Value, _decoder
-from joulemark_exporter.families._decoder import EMBEDDING, LAYERS, LINEARS, PREFIX
-from joulemark_exporter.weights import Float32
+from joulemark_exporter.families import Config, Value, _decoder, _gemma
 
-__all__ = [
-    "EMBEDDING",
-    "GGUF",
-    "LAYERS",
-    "LINEARS",
-    "MODEL_TYPES",
-    "PREFIX",
-    "TIED",
-    "generated",
-    "metadata",
-    "tensors",
-]
-
-MODEL_TYPES = ("gemma2",)
-TIED = True
-GGUF = "gemma2"
 LARGE_LAYERS = 46
 """Of the 27B model."""
-NORMS = (
-    ("input_layernorm", "attn_norm"),
-    ("post_attention_layernorm", "post_attention_norm"),
-    ("pre_feedforward_layernorm", "ffn_norm"),
-    ("post_feedforward_layernorm", "post_ffw_norm"),
-)
 
 
-def tensors(config: Config) -> tuple[Tensor, ...]:
-    """See the contract."""
-    return _decoder.tensors({"head_dim": 256, **config}, _decoder.Layout(norms=NORMS, norm_offset=1.0, tied=True))
-
-
-def metadata(config: Config) -> dict[str, Value]:
-    """See the contract. Raises BadInput for scores that llama.cpp scales otherwise."""
-    check_scale(config, LARGE_LAYERS)
+def _more_metadata(config: Config) -> dict[str, Value]:
     return {
-        **_decoder.metadata({"head_dim": 256, **config}),
         "attn_logit_softcapping": configuration.real(config, "attn_logit_softcapping", 50.0),
         "final_logit_softcapping": configuration.real(config, "final_logit_softcapping", 30.0),
         "attention.sliding_window": configuration.count(config, "sliding_window", default=4096),
     }
 
 
-def check_scale(config: Config, large_layers: int) -> None:
-    """llama.cpp divides scores by the root of the head's size (of the width by the heads in the largest model, which it knows by its
-    layers); transformers by the root of query_pre_attn_scalar. Raises BadInput where they differ."""
-    size = _decoder.sizes({"head_dim": 256, **config})
-    expected = size.width // size.heads if size.layers == large_layers else size.head
-    stated = configuration.real(config, "query_pre_attn_scalar", 256)
-    if stated != expected:
-        raise BadInput(
-            f"query_pre_attn_scalar is {stated:g}, llama.cpp computes with {expected} for this model",
-            "its logits would be wrong without a word: use the ONNX format",
-        )
-
-
-def generated(config: Config) -> dict[str, Float32]:
-    """See the contract."""
-    del config
-    return {}
+FAMILY = _decoder.family(
+    _decoder.Layout(
+        model_types=("gemma2",),
+        gguf="gemma2",
+        class_name="Gemma2ForCausalLM",
+        activation=_decoder.GELU,
+        norms=_gemma.NORMS,
+        norm_offset=1.0,
+        tied=True,
+        defaults={"head_dim": 256},
+        check=lambda config: _gemma.check(config, LARGE_LAYERS),
+        more_metadata=_more_metadata,
+        more_from_gguf=lambda config: {"query_pre_attn_scalar": _gemma.divisor(config, LARGE_LAYERS)},
+    )
+)

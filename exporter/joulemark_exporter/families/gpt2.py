@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from joulemark.errors import BadInput
 from joulemark_exporter import configuration
-from joulemark_exporter.families import Config, Linear, Placement, Tensor, Value, head, norm
-from joulemark_exporter.weights import Float32
+from joulemark_exporter.families import (
+    Config,
+    Family,
+    Linear,
+    Memory,
+    Placement,
+    Tensor,
+    Value,
+    affine_norm,
+    head,
+    vector,
+)
 
-MODEL_TYPES = ("gpt2",)
-PREFIX = "transformer."
 LAYERS = "transformer.h"
 EMBEDDING = "transformer.wte.weight"
-TIED = True
-GGUF = "gpt2"
 LINEARS = (
     Linear("attn.c_attn", "attn_qkv", 0, transposed=True),
     Linear("attn.c_proj", "attn_output", 1, transposed=True),
@@ -21,36 +27,33 @@ LINEARS = (
 )
 
 
-def tensors(config: Config) -> tuple[Tensor, ...]:
-    """See the contract."""
-    width, positions = configuration.count(config, "n_embd", "hidden_size"), _positions(config)
+def _tensors(config: Config) -> tuple[Tensor, ...]:
+    width, positions = _width(config), _positions(config)
     vocabulary, inner = configuration.count(config, "vocab_size"), _inner(config)
     found = [
         Tensor(EMBEDDING, (vocabulary, width), Placement("token_embd.weight")),
         Tensor("transformer.wpe.weight", (positions, width), Placement("position_embd.weight", full_precision=True)),
-        norm("transformer.ln_f.weight", "output_norm.weight", width),
-        norm("transformer.ln_f.bias", "output_norm.bias", width),
-        *head(config, bool(config.get("tie_word_embeddings", TIED)), width),
+        *affine_norm("transformer.ln_f", "output_norm", width),
+        *head(config, FAMILY.is_tied(config), width),
     ]
-    outputs = {
+    shapes = {
         "attn_qkv": (width, 3 * width),
         "attn_output": (width, width),
         "ffn_up": (width, inner),
         "ffn_down": (inner, width),
     }
-    for layer in range(_layers(config)):
+    for layer in range(FAMILY.layer_count(config)):
         source, target = f"{LAYERS}.{layer}", f"blk.{layer}"
-        for name, place in (("ln_1", "attn_norm"), ("ln_2", "ffn_norm")):
-            found += [norm(f"{source}.{name}.{kind}", f"{target}.{place}.{kind}", width) for kind in ("weight", "bias")]
+        found += affine_norm(f"{source}.ln_1", f"{target}.attn_norm", width)
+        found += affine_norm(f"{source}.ln_2", f"{target}.ffn_norm", width)
         for linear in LINEARS:
-            shape, place = outputs[linear.role], f"{target}.{linear.role}"
-            found.append(Tensor(f"{source}.{linear.name}.weight", shape, Placement(f"{place}.weight", transpose=True)))
-            found.append(norm(f"{source}.{linear.name}.bias", f"{place}.bias", shape[1]))
+            name, place, shape = f"{source}.{linear.name}", f"{target}.{linear.role}", shapes[linear.role]
+            found.append(Tensor(f"{name}.weight", shape, Placement(f"{place}.weight", transpose=True)))
+            found.append(vector(f"{name}.bias", f"{place}.bias", shape[1]))
     return tuple(found)
 
 
-def metadata(config: Config) -> dict[str, Value]:
-    """See the contract. Raises BadInput for variants that llama.cpp's gpt2 does not compute."""
+def _metadata(config: Config) -> dict[str, Value]:
     activation = config.get("activation_function", "gelu_new")
     if activation not in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"):
         raise BadInput(
@@ -58,24 +61,19 @@ def metadata(config: Config) -> dict[str, Value]:
         )
     if config.get("scale_attn_by_inverse_layer_idx") or config.get("scale_attn_weights") is False:
         raise BadInput("this GPT-2 scales its attention otherwise", "llama.cpp's gpt2 cannot: use the ONNX format")
+    memory = FAMILY.memory(config)
     return {
-        "block_count": _layers(config),
+        "block_count": memory.layers,
         "context_length": _positions(config),
-        "embedding_length": configuration.count(config, "n_embd", "hidden_size"),
+        "embedding_length": _width(config),
         "feed_forward_length": _inner(config),
-        "attention.head_count": configuration.count(config, "n_head", "num_attention_heads"),
+        "attention.head_count": memory.heads,
         "attention.layer_norm_epsilon": configuration.real(config, "layer_norm_epsilon", 1e-5),
     }
 
 
-def generated(config: Config) -> dict[str, Float32]:
-    """See the contract."""
-    del config
-    return {}
-
-
-def _layers(config: Config) -> int:
-    return configuration.count(config, "n_layer", "num_hidden_layers")
+def _width(config: Config) -> int:
+    return configuration.count(config, "n_embd", "hidden_size", most=configuration.MOST_WIDTH)
 
 
 def _positions(config: Config) -> int:
@@ -83,4 +81,25 @@ def _positions(config: Config) -> int:
 
 
 def _inner(config: Config) -> int:
-    return configuration.count(config, "n_inner", default=4 * configuration.count(config, "n_embd", "hidden_size"))
+    return configuration.count(config, "n_inner", default=4 * _width(config), most=configuration.MOST_WIDTH)
+
+
+def _memory(config: Config) -> Memory:
+    heads = configuration.count(config, "n_head", "num_attention_heads", most=configuration.MOST_WIDTH)
+    layers = configuration.count(config, "n_layer", "num_hidden_layers", most=configuration.MOST_LAYERS)
+    return Memory(layers, heads, configuration.head_size(_width(config), heads))
+
+
+FAMILY = Family(
+    model_types=("gpt2",),
+    prefix="transformer.",
+    layers=LAYERS,
+    embedding=EMBEDDING,
+    linears=LINEARS,
+    tied=True,
+    gguf="gpt2",
+    tensors=_tensors,
+    metadata=_metadata,
+    context=_positions,
+    memory=_memory,
+)

@@ -7,51 +7,36 @@ is written as the context.
 from __future__ import annotations
 
 from joulemark_exporter import configuration
-from joulemark_exporter.families import Config, Tensor, Value, _decoder
-from joulemark_exporter.families._decoder import EMBEDDING, LAYERS, LINEARS, PREFIX
-from joulemark_exporter.weights import Float32
-
-__all__ = [
-    "EMBEDDING",
-    "GGUF",
-    "LAYERS",
-    "LINEARS",
-    "MODEL_TYPES",
-    "PREFIX",
-    "TIED",
-    "generated",
-    "metadata",
-    "tensors",
-]
-
-MODEL_TYPES = ("llama", "mistral")
-TIED = False
-GGUF = "llama"
+from joulemark_exporter.families import Config, Value, _decoder
 
 
-def tensors(config: Config) -> tuple[Tensor, ...]:
-    """See the contract."""
-    biased = {linear.role for linear in LINEARS if config.get(_bias(linear.role), False)}
-    layout = _decoder.Layout(
-        permuted=True, biased=frozenset(biased), tied=bool(config.get("tie_word_embeddings", TIED))
-    )
-    return _decoder.tensors(config, layout)
+def _biased(config: Config) -> frozenset[str]:
+    """Roles with a bias, where the configuration asks for them."""
+    keys = {
+        linear.role: "attention_bias" if linear.role.startswith("attn") else "mlp_bias" for linear in _decoder.LINEARS
+    }
+    return frozenset(role for role, key in keys.items() if config.get(key, False))
 
 
-def _bias(role: str) -> str:
-    return "attention_bias" if role.startswith("attn") else "mlp_bias"
-
-
-def metadata(config: Config) -> dict[str, Value]:
-    """See the contract."""
+def _more_metadata(config: Config) -> dict[str, Value]:
     size = _decoder.sizes(config)
-    values = {**_decoder.metadata(config), "vocab_size": size.vocabulary, "rope.dimension_count": size.head}
-    if config.get("sliding_window") is not None:
-        window = configuration.count(config, "sliding_window")
-        values["context_length"] = min(window, _decoder.context(config))
-    return values
+    return {"vocab_size": size.vocabulary, "rope.dimension_count": size.head}
 
 
-def generated(config: Config) -> dict[str, Float32]:
-    """See the contract."""
-    return _decoder.rope_tensor(config)
+def _context(config: Config) -> int:
+    trained = configuration.count(config, "max_position_embeddings")
+    return min(trained, configuration.count(config, "sliding_window", default=trained))
+
+
+FAMILY = _decoder.family(
+    _decoder.Layout(
+        model_types=("llama", "mistral"),
+        gguf="llama",
+        class_name="LlamaForCausalLM",
+        permuted=True,
+        biased=_biased,
+        more_metadata=_more_metadata,
+        context=_context,
+        generated=_decoder.rope_tensor,
+    )
+)

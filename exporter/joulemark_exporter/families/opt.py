@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from joulemark.errors import BadInput
 from joulemark_exporter import configuration
-from joulemark_exporter.families import HEAD, Config, Linear, Tensor, Value
-from joulemark_exporter.weights import Float32
+from joulemark_exporter.families import HEAD, Config, Family, Linear, Memory, Tensor, Value
 
-MODEL_TYPES = ("opt",)
-PREFIX = "model."
 LAYERS = "model.decoder.layers"
 EMBEDDING = "model.decoder.embed_tokens.weight"
-TIED = True
-GGUF = ""
 LINEARS = (
     Linear("self_attn.q_proj", "attn_q", 0),
     Linear("self_attn.k_proj", "attn_k", 0),
@@ -25,19 +20,20 @@ POSITION_OFFSET = 2
 """OPT's positions begin at 2 (transformers' OPTLearnedPositionalEmbedding)."""
 
 
-def tensors(config: Config) -> tuple[Tensor, ...]:
-    """See the contract."""
-    width, inner = configuration.count(config, "hidden_size"), configuration.count(config, "ffn_dim")
+def _tensors(config: Config) -> tuple[Tensor, ...]:
+    width, inner = (
+        configuration.count(config, "hidden_size", most=configuration.MOST_WIDTH),
+        configuration.count(config, "ffn_dim", most=configuration.MOST_WIDTH),
+    )
     vocabulary, embedded = (
         configuration.count(config, "vocab_size"),
-        configuration.count(config, "word_embed_proj_dim", default=width),
+        configuration.count(config, "word_embed_proj_dim", default=width, most=configuration.MOST_WIDTH),
     )
-    positions = configuration.count(config, "max_position_embeddings") + POSITION_OFFSET
     found = [
         Tensor(EMBEDDING, (vocabulary, embedded)),
-        Tensor("model.decoder.embed_positions.weight", (positions, width)),
+        Tensor("model.decoder.embed_positions.weight", (_context(config) + POSITION_OFFSET, width)),
     ]
-    if not config.get("tie_word_embeddings", TIED):
+    if not FAMILY.is_tied(config):
         found.append(Tensor(HEAD, (vocabulary, embedded)))
     if embedded != width:
         found += [
@@ -46,21 +42,16 @@ def tensors(config: Config) -> tuple[Tensor, ...]:
         ]
     if config.get("do_layer_norm_before", True) and not config.get("_remove_final_layer_norm", False):
         found += _norm("model.decoder.final_layer_norm", width)
-    shapes = {
-        "attn_q": (width, width),
-        "attn_k": (width, width),
-        "attn_v": (width, width),
-        "attn_output": (width, width),
-    }
-    shapes |= {"ffn_up": (inner, width), "ffn_down": (width, inner)}
+    shapes = {"ffn_up": (inner, width), "ffn_down": (width, inner)}
     biased = config.get("enable_bias", True)
-    for layer in range(configuration.count(config, "num_hidden_layers")):
+    for layer in range(FAMILY.layer_count(config)):
         source = f"{LAYERS}.{layer}"
         found += [*_norm(f"{source}.self_attn_layer_norm", width), *_norm(f"{source}.final_layer_norm", width)]
         for linear in LINEARS:
-            found.append(Tensor(f"{source}.{linear.name}.weight", shapes[linear.role]))
+            shape = shapes.get(linear.role, (width, width))
+            found.append(Tensor(f"{source}.{linear.name}.weight", shape))
             if biased:
-                found.append(Tensor(f"{source}.{linear.name}.bias", shapes[linear.role][:1]))
+                found.append(Tensor(f"{source}.{linear.name}.bias", shape[:1]))
     return tuple(found)
 
 
@@ -68,13 +59,35 @@ def _norm(name: str, width: int) -> list[Tensor]:
     return [Tensor(f"{name}.{kind}", (width,)) for kind in ("weight", "bias")]
 
 
-def metadata(config: Config) -> dict[str, Value]:
-    """Raises BadInput: there is no GGUF of it."""
+def _metadata(config: Config) -> dict[str, Value]:
     del config
-    raise BadInput("llama.cpp has no OPT architecture", 'use the ONNX format: format = "onnx" in the recipe')
+    raise BadInput("llama.cpp has no OPT architecture", 'use the ONNX format: [writer] use = "onnx"')
 
 
-def generated(config: Config) -> dict[str, Float32]:
-    """See the contract."""
-    del config
-    return {}
+def _context(config: Config) -> int:
+    return configuration.count(config, "max_position_embeddings")
+
+
+def _memory(config: Config) -> Memory:
+    heads = configuration.count(config, "num_attention_heads", most=configuration.MOST_WIDTH)
+    layers = configuration.count(config, "num_hidden_layers", most=configuration.MOST_LAYERS)
+    return Memory(
+        layers,
+        heads,
+        configuration.head_size(configuration.count(config, "hidden_size", most=configuration.MOST_WIDTH), heads),
+    )
+
+
+FAMILY = Family(
+    model_types=("opt",),
+    prefix="model.",
+    layers=LAYERS,
+    embedding=EMBEDDING,
+    linears=LINEARS,
+    tied=True,
+    gguf="",
+    tensors=_tensors,
+    metadata=_metadata,
+    context=_context,
+    memory=_memory,
+)

@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 from joulemark.errors import BadInput
-from joulemark_exporter.families import Config, Tensor, Value, _decoder
-from joulemark_exporter.families._decoder import EMBEDDING, LAYERS, LINEARS, PREFIX
-from joulemark_exporter.weights import Float32
-
-__all__ = [
-    "EMBEDDING",
-    "GGUF",
-    "LAYERS",
-    "LINEARS",
-    "MODEL_TYPES",
-    "PREFIX",
-    "TIED",
-    "generated",
-    "metadata",
-    "tensors",
-]
-
-MODEL_TYPES = ("qwen2",)
-TIED = False
-GGUF = "qwen2"
+from joulemark_exporter.families import Config, _decoder
 
 
-def tensors(config: Config) -> tuple[Tensor, ...]:
-    """See the contract."""
+def _check(config: Config) -> None:
     if config.get("use_sliding_window"):
-        raise BadInput("this Qwen attends through a sliding window", "llama.cpp has no window for it: not supported")
-    biased = frozenset({"attn_q", "attn_k", "attn_v"})
-    return _decoder.tensors(config, _decoder.Layout(biased=biased, tied=bool(config.get("tie_word_embeddings", TIED))))
+        raise BadInput(
+            "this Qwen attends through a sliding window", "llama.cpp has no window for it: use the ONNX format"
+        )
 
 
-def metadata(config: Config) -> dict[str, Value]:
-    """See the contract."""
-    return _decoder.metadata(config)
-
-
-def generated(config: Config) -> dict[str, Float32]:
-    """See the contract."""
-    del config
-    return {}
+FAMILY = _decoder.family(
+    _decoder.Layout(
+        model_types=("qwen2",),
+        gguf="qwen2",
+        class_name="Qwen2ForCausalLM",
+        biased=lambda _: frozenset({"attn_q", "attn_k", "attn_v"}),
+        check=_check,
+    )
+)

@@ -1,44 +1,29 @@
-"""Qwen 3 (dense): LLaMA's layout with norms on the heads' queries and keys, and a head size of its own."""
+"""Qwen 3 (dense): LLaMA's layout with norms on the heads' queries and keys, and a head size of its own: 128 unless config.json says
+otherwise (transformers' Qwen3Config)."""
 
 from __future__ import annotations
 
 from joulemark.errors import BadInput
-from joulemark_exporter.families import Config, Tensor, Value, _decoder
-from joulemark_exporter.families._decoder import EMBEDDING, LAYERS, LINEARS, PREFIX
-from joulemark_exporter.weights import Float32
+from joulemark_exporter.families import Config, _decoder
 
-__all__ = [
-    "EMBEDDING",
-    "GGUF",
-    "LAYERS",
-    "LINEARS",
-    "MODEL_TYPES",
-    "PREFIX",
-    "TIED",
-    "generated",
-    "metadata",
-    "tensors",
-]
-
-MODEL_TYPES = ("qwen3",)
-TIED = False
-GGUF = "qwen3"
+ATTENTION = frozenset({"attn_q", "attn_k", "attn_v", "attn_output"})
 
 
-def tensors(config: Config) -> tuple[Tensor, ...]:
-    """See the contract."""
+def _check(config: Config) -> None:
     if config.get("use_sliding_window") or config.get("attention_bias"):
-        raise BadInput("this Qwen 3 has a sliding window or biases", "llama.cpp's qwen3 has neither: not supported")
-    layout = _decoder.Layout(head_norms=True, tied=bool(config.get("tie_word_embeddings", TIED)))
-    return _decoder.tensors({"head_dim": 128, **config}, layout)
+        raise BadInput(
+            "this Qwen 3 has a sliding window or biases", "llama.cpp's qwen3 has neither: use the ONNX format"
+        )
 
 
-def metadata(config: Config) -> dict[str, Value]:
-    """See the contract. A head has 128 numbers unless config.json says otherwise (transformers' Qwen3Config)."""
-    return _decoder.metadata({"head_dim": 128, **config})
-
-
-def generated(config: Config) -> dict[str, Float32]:
-    """See the contract."""
-    del config
-    return {}
+FAMILY = _decoder.family(
+    _decoder.Layout(
+        model_types=("qwen3",),
+        gguf="qwen3",
+        class_name="Qwen3ForCausalLM",
+        biased=lambda config: ATTENTION if config.get("attention_bias") else frozenset(),
+        head_norms=True,
+        defaults={"head_dim": 128},
+        check=_check,
+    )
+)

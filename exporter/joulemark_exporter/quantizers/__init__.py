@@ -3,8 +3,8 @@
 A quantizer module offers
 
     class Options(Settings)                      its keys in the recipe
-    NEEDS: frozenset[str]                        what calibration must measure: "hessian" (second moments of every linear's inputs),
-                                                 "importance" (their diagonal); empty for methods that look at weights only
+    calibrated(options) -> bool                  whether it looks at the calibration text: then the text is part of the lineage, and every
+                                                 weight is looked at before hours are spent
     check(task, options) -> IntegerForm | None   raises BadInput for what cannot work, before anything is computed; says which integers will
                                                  come, None where none will
     quantize(task, options) -> Choices           what becomes of every matrix
@@ -17,27 +17,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from joulemark.errors import BadInput
 from joulemark_exporter import ggml
-from joulemark_exporter.families import Linear, linears
-from joulemark_exporter.group_quantized import GroupQuantized
+from joulemark_exporter.families import Family, Linear
+from joulemark_exporter.group_quantized import GroupQuantized, IntegerForm
 from joulemark_exporter.recipe import CalibrationSettings
 from joulemark_exporter.weights import Float32, Model, Weight
-
-
-@dataclass(frozen=True)
-class IntegerForm:
-    """What kind of integers a quantizer gives. `contiguous`: groups are neighbouring columns."""
-
-    bits: int
-    group_size: int
-    symmetric: bool
-    contiguous: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,7 +80,7 @@ class Task:
     """What the artifact is called."""
     licence: str | None
     model: Model
-    family: ModuleType
+    family: Family
     calibration: CalibrationSettings
     cache: Path
     """Where fetched texts are kept."""
@@ -106,7 +95,7 @@ def float_parts(task: Task, type_name: str) -> dict[str, Rounded]:
     """The matrices that group quantizers leave alone: embeddings and the output matrix in the type asked for (F16 where its blocks do not
     divide a row). Raises BadInput for a type that cannot be written."""
     ggml.block(type_name)
-    quantized = linears(task.family, task.model.config)
+    quantized = task.family.matrices(task.model.config)
     return {
         name: Rounded(type_name if ggml.fits(type_name, weight.shape[1]) else "F16")
         for name, weight in task.model.weights.items()
@@ -117,7 +106,7 @@ def float_parts(task: Task, type_name: str) -> dict[str, Rounded]:
 def grouped(task: Task, group_size: int) -> Iterator[tuple[str, Linear]]:
     """The matrices whose rows the groups divide; the others stay F16. Raises BadInput where that would be all of them."""
     found = False
-    for name, linear in linears(task.family, task.model.config).items():
+    for name, linear in task.family.matrices(task.model.config).items():
         if inputs(task.model.weights[name], linear) % abs(group_size) == 0:
             found = True
             yield name, linear

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -18,53 +18,40 @@ from torch import nn
 
 from joulemark_exporter import calibration, error_feedback
 from joulemark_exporter.calibration import Moments
-from joulemark_exporter.families import Linear, linears
+from joulemark_exporter.families import Linear
 from joulemark_exporter.finished_layers import FinishedLayers
-from joulemark_exporter.grid import Grid, round_to_grid
 from joulemark_exporter.group_quantized import GroupQuantized
-from joulemark_exporter.quantizers import Choice, Choices, IntegerForm, Integers, Rounded, Task, float_parts, grouped
-from joulemark_exporter.recipe import Settings
+from joulemark_exporter.quantizers import Choices, Integers, Task, grouped
+from joulemark_exporter.quantizers._groups import GroupOptions, check, floats
+from joulemark_exporter.rounding import round_to_grid
 from joulemark_exporter.walk import Walk
 
-NEEDS = frozenset({"hessian"})
+__all__ = ["Options", "calibrated", "check", "quantize"]
 
 
-class Options(Settings):
-    """`embedding` is the type of the token embedding and of the output matrix. `true_sequential` measures the stages of a layer one after
-    the other, each behind the quantized ones before it, for twice the time."""
+class Options(GroupOptions):
+    """`true_sequential` measures the stages of a layer one after the other, each behind the quantized ones before it: twice the time."""
 
-    bits: Literal[2, 3, 4, 8] = 4
-    group_size: Annotated[int, Field(ge=-1, le=1 << 20)] = 32
-    symmetric: bool = True
-    search: bool = False
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     act_order: bool = False
     static_groups: bool = False
     true_sequential: bool = False
-    embedding: str = "Q8_0"
 
-    def form(self) -> IntegerForm:
-        """What kind of integers come."""
-        contiguous = not self.act_order or self.static_groups or self.group_size == -1
-        return IntegerForm(self.bits, self.group_size, self.symmetric, contiguous)
-
-    def grid(self) -> Grid:
-        """The grid that these options describe."""
-        return Grid(self.bits, self.group_size, self.symmetric, self.search)
+    def contiguous(self) -> bool:
+        """Groups follow the order of rounding, unless they are static or whole rows."""
+        return not self.act_order or self.static_groups or self.group_size == -1
 
 
-def check(task: Task, options: Options) -> IntegerForm:
-    """See the contract."""
-    float_parts(task, options.embedding)
-    list(grouped(task, options.group_size))
-    return options.form()
+def calibrated(options: Options) -> bool:
+    """It rounds by what the inputs look like."""
+    del options
+    return True
 
 
 def quantize(task: Task, options: Options) -> Choices:
     """See the contract."""
     windows = calibration.calibration_windows(task.model, task.calibration, task.cache)
-    chosen: dict[str, Choice] = dict(float_parts(task, options.embedding))
-    chosen |= {name: Rounded("F16") for name in linears(task.family, task.model.config)}
+    chosen = floats(task, options)
     wanted = dict(grouped(task, options.group_size))
     finished = FinishedLayers(task.work, "gptq")
     walk = Walk(task.model, task.family)
@@ -78,11 +65,10 @@ def quantize(task: Task, options: Options) -> Choices:
         finished.add(matrices, {"layer": index, "errors": errors}, states.numpy())
     task.say("GPTQ, layer by layer", walk.layers, walk.layers)
     for name in wanted:
-        load = functools.partial(finished.matrix, name)
-        chosen[name] = Integers(load, options.form())
-    table = {"calibration": {"text": windows.text, "sha256": windows.sha256}, "layers": finished.notes()}
-    title = f"GPTQ-{options.bits}-g{options.group_size}"
-    return Choices(chosen, title, {"gptq.json": json.dumps(table, indent=1).encode()})
+        chosen[name] = Integers(functools.partial(finished.matrix, name), options.form())
+    return Choices(
+        chosen, options.title("GPTQ"), {"gptq.json": json.dumps({"layers": finished.notes()}, indent=1).encode()}
+    )
 
 
 def _layer(
@@ -95,14 +81,14 @@ def _layer(
     wanted: Mapping[str, Linear],
 ) -> tuple[dict[str, GroupQuantized], dict[str, Any]]:
     """Quantizes the matrices of a layer in place. Returns them by state_dict name, and each one's output error beside RTN's."""
-    every = calibration.stages(task.family)
+    every = task.family.stages()
     matrices: dict[str, GroupQuantized] = {}
     errors: dict[str, Any] = {}
     for together in [(stage,) for stage in every] if options.true_sequential else [every]:
         with calibration.measured(layer, task.family, together) as moments:
             walk.run(index, layer, states, keep=False)
-        for linear in task.family.LINEARS:
-            name = f"{task.family.LAYERS}.{index}.{linear.name}.weight"
+        for linear in task.family.linears:
+            name = task.family.parameter(index, linear)
             if linear.stage in together and name in wanted:
                 matrix, error = _matrix(task, options, layer.get_submodule(linear.name), linear, moments[linear.stage])
                 matrices[name], errors[linear.name] = matrix, error
@@ -114,17 +100,17 @@ def _matrix(
 ) -> tuple[GroupQuantized, dict[str, float]]:
     values = module.weight.detach().numpy()
     values = np.ascontiguousarray(values.T if linear.transposed else values)
-    grid = options.grid()
+    rounding = options.rounding()
     found = error_feedback.quantize(
         values,
         moments,
-        grid,
+        rounding,
         damping=options.damping,
         act_order=options.act_order,
         static_groups=options.static_groups,
     )
     rounded = found.matrix.dequantize()
-    nearest = round_to_grid(values, grid, threads=task.threads).dequantize()
+    nearest = round_to_grid(values, rounding, threads=task.threads).dequantize()
     error = {"gptq": output_error(values, rounded, moments), "rtn": output_error(values, nearest, moments)}
     module.weight.data = torch.from_numpy(np.ascontiguousarray(rounded.T) if linear.transposed else rounded)
     return found.matrix, error

@@ -5,17 +5,13 @@ given."""
 
 from __future__ import annotations
 
-import json
 import re
-from typing import Any
 
 from joulemark.errors import BadInput
 from joulemark.gguf_format import FILE_TYPES
 from joulemark_exporter import ggml, importance
 from joulemark_exporter.quantizers import ByEngine, Choices, Task
 from joulemark_exporter.recipe import Settings
-
-NEEDS = frozenset({"importance"})
 
 
 class Options(Settings):
@@ -27,6 +23,11 @@ class Options(Settings):
     tensors: dict[str, str] = {}  # noqa: RUF012 - pydantic copies defaults
     pure: bool = False
     """Every matrix the same type, instead of llama.cpp's mixture."""
+
+
+def calibrated(options: Options) -> bool:
+    """Only the importance matrix is."""
+    return options.weighted
 
 
 def check(task: Task, options: Options) -> None:
@@ -43,17 +44,12 @@ def check(task: Task, options: Options) -> None:
             raise BadInput(
                 f"{pattern!r} is not a regular expression: {error}", "write a pattern on GGUF's tensor names"
             ) from error
-    if not task.family.GGUF:
+    if not task.family.gguf:
         raise BadInput("llama.cpp's quantizer works on GGUF, which this architecture has not", "use another quantizer")
 
 
 def quantize(task: Task, options: Options) -> Choices:
     """See the contract."""
-    measured: Any = {}
-    about: dict[str, Any] = {"calibration": None}
-    if options.weighted:
-        measured, windows = importance.measure(task)
-        about = {"calibration": {"text": windows.text, "sha256": windows.sha256}}
+    measured = importance.measure(task)[0] if options.weighted else {}
     by_engine = ByEngine(options.type, dict(options.tensors), measured, options.pure)
-    tables = {"importance.json": json.dumps(about).encode()}
-    return Choices({}, options.type + ("-imatrix" if options.weighted else ""), tables, by_engine)
+    return Choices({}, options.type + ("-imatrix" if options.weighted else ""), by_engine=by_engine)

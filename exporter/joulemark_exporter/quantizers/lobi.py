@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
 from joulemark.errors import BadInput
 from joulemark_exporter import allocation, ggml, importance, sensitivity
-from joulemark_exporter.families import linears
 from joulemark_exporter.quantizers import Choice, Choices, Rounded, Task, inputs
 from joulemark_exporter.recipe import Settings
 
-NEEDS = frozenset({"importance"})
 LADDER = ("Q3_K", "IQ4_NL", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "F16")
 
 
@@ -31,6 +29,12 @@ class Options(Settings):
     windows: Annotated[int, Field(ge=1, le=256)] = 4
     """Windows of the calibration text on which divergences are measured."""
     tokens: Annotated[int, Field(ge=16, le=4096)] = 128
+
+
+def calibrated(options: Options) -> bool:
+    """Errors are weighed, and their effect measured, on the calibration text."""
+    del options
+    return True
 
 
 def check(task: Task, options: Options) -> None:
@@ -54,7 +58,7 @@ def check(task: Task, options: Options) -> None:
 
 
 def _columns(task: Task, name: str) -> int:
-    linear = linears(task.family, task.model.config).get(name)
+    linear = task.family.matrices(task.model.config).get(name)
     weight = task.model.weights[name]
     return inputs(weight, linear) if linear else weight.shape[1]
 
@@ -78,16 +82,16 @@ def quantize(task: Task, options: Options) -> Choices:
     budget = _budget(task, options)
     types = allocation.allocate({row.name: row.candidates for row in rows}, budget)
     chosen: dict[str, Choice] = {name: Rounded(kind, measured.get(name)) for name, kind in types.items()}
-    table = _table(rows, types, budget, {"text": windows.text, "sha256": windows.sha256})
+    table = _table(rows, types, budget)
     numbers = sum(task.model.weights[name].size for name in types)
     used = sum(row.candidates[types[row.name]][0] for row in rows)
     return Choices(chosen, f"LoBi-{8 * used / numbers:.2f}", {"sensitivity.json": table})
 
 
-def _table(rows: Sequence[sensitivity.Row], types: dict[str, str], budget: int, calibration: dict[str, Any]) -> bytes:
+def _table(rows: Sequence[sensitivity.Row], types: dict[str, str], budget: int) -> bytes:
     """The sensitivity table with what was chosen: what the heatmap draws."""
     matrices = [{**row.plain(), "chosen": types[row.name]} for row in rows]
     used = sum(row.candidates[types[row.name]][0] for row in rows)
     expected = sum(row.candidates[types[row.name]][1] for row in rows)
-    about = {"budget_bytes": budget, "bytes": used, "expected_divergence": expected, "calibration": calibration}
+    about = {"budget_bytes": budget, "bytes": used, "expected_divergence": expected}
     return json.dumps({**about, "matrices": matrices}, indent=1).encode()

@@ -79,7 +79,16 @@ def write(task: Task, choices: Choices, folder: Path, options: Options) -> Writt
     if choices.by_engine is not None:
         _let_engine_quantize(path, task, choices.by_engine, options)
         return Written((path,), "llamacpp")
-    return Written((path,), "llamacpp", _write(path, task, choices, options))
+    digest = _write(path, task, choices, options)
+    # A float32 file is a reference: the board's engine gives it a memory of 32-bit floats.
+    full = {choice.type_name for choice in choices.by_name.values() if isinstance(choice, Rounded)} == {"F32"}
+    return Written((path,), "llamacpp", digest, memory_number_bytes=4 if full else 2)
+
+
+def tools(options: Options) -> tuple[str, ...]:
+    """See the contract."""
+    del options
+    return ("gguf", "llama-cpp-python")
 
 
 def describe(task: Task, choices: Choices, written: Written) -> Manifest:
@@ -115,6 +124,8 @@ def _let_engine_quantize(path: Path, task: Task, wanted: ByEngine, options: Opti
 def _write(path: Path, task: Task, choices: Choices, options: Options) -> str:
     """Writes the file; returns the sha256 of what was written."""
     entries = list(_entries(task, choices))
+    # Once in the working folder, and once more when it is published.
+    artifact.check_space(path.parent, 2 * sum(entry.size_bytes for entry in entries))
     _write_header(path, task, entries, options)
     hasher = hashlib.sha256(path.read_bytes())
     with path.open("ab") as file:
@@ -149,7 +160,7 @@ def _check_form(task: Task, form: IntegerForm) -> None:
 
 # --- the header -------------------------------------------------------------------------------------------------------
 def _write_header(path: Path, task: Task, entries: list[Entry], options: Options) -> None:
-    architecture = task.family.GGUF
+    architecture = task.family.gguf
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_type("model")
     writer.add_name(task.name)

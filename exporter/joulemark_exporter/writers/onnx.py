@@ -80,19 +80,22 @@ def write(task: Task, choices: Choices, folder: Path, options: Options) -> Writt
         shutil.rmtree(checkpoint, ignore_errors=True)
         form = next(choice.form for choice in choices.by_name.values() if isinstance(choice, Integers))
         hub_folder.write(task.model, checkpoint, choices, form)
-        size = configuration.count(task.model.config, "head_dim", default=_head_size(task))
+        size = task.family.memory(task.model.config).head_size
         files = onnx_int4.write(checkpoint, task.work, path, about, size, options.accuracy_level)
     else:
         module = torch_model.build(task.model, task.family)
         files = onnx_graph.write(module, path, about, halved=options.precision == "fp16")
     task.say("writing the graph", 1, 1)
     beside = tuple(folder / name for name in ("tokenizer.json", "tokenizer_config.json"))
-    return Written((*files, *beside), "onnxruntime")
+    # 16-bit matrices are widened when the graph is loaded, and its key-value memory is float32.
+    numbers = sum(weight.size for weight in task.model.weights.values())
+    widened = 4 * numbers if options.precision == "fp16" else None
+    return Written((*files, *beside), "onnxruntime", memory_number_bytes=4, resident_bytes=widened)
 
 
-def _head_size(task: Task) -> int:
-    count = configuration.count
-    return count(task.model.config, "hidden_size") // count(task.model.config, "num_attention_heads")
+def tools(options: Options) -> tuple[str, ...]:
+    """See the contract."""
+    return ("onnx", "onnxruntime", "onnxruntime-genai" if options.precision == "int4" else "onnxscript")
 
 
 def describe(task: Task, choices: Choices, written: Written) -> Manifest:
@@ -138,13 +141,12 @@ def facts(task: Task, choices: Choices, options: Options) -> dict[str, Any]:
     """What an engine must know beside the graph."""
     config = task.model.config
     numbers = sum(weight.size for weight in task.model.weights.values())
-    context = configuration.count(config, "max_position_embeddings", "n_positions", "seq_length", default=2048)
     return {
         "architecture": config["model_type"],
         "precision": options.precision,
         "quantization": choices.title if options.precision == "int4" else options.precision,
         "parameters": numbers,
-        "context_tokens": context,
+        "context_tokens": task.family.context(config),
         "vocabulary": int(config["vocab_size"]),
         "end_tokens": _end_tokens(task),
     }
