@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,19 @@ def test_an_evaluation_item_in_the_text_is_found() -> None:
         hidden = f"It was a dark night. {question.upper().replace(' ', chr(10), 3)} And so on."
         planted = dataclasses.replace(TEXT, documents=(*TEXT.documents[:5], hidden))
         with pytest.raises(BadInput, match=rf"evaluation item \({name} document {number}\)"):
+            texts.refuse_evaluation_items(planted, default_cache())
+
+
+def test_thirteen_words_of_an_item_are_enough_and_twelve_are_not() -> None:
+    question = max((row["question"] for row in documents.load("gsm8k", default_cache()).docs), key=len)
+    words = question.split()[20:40]
+    for count, found in ((13, True), (12, False)):
+        part = " ".join(re.findall(r"\w+", " ".join(words))[:count])
+        planted = dataclasses.replace(TEXT, documents=(f"Once there was {part} and then nothing.",))
+        if found:
+            with pytest.raises(BadInput, match="evaluation item"):
+                texts.refuse_evaluation_items(planted, default_cache())
+        else:
             texts.refuse_evaluation_items(planted, default_cache())
 
 
