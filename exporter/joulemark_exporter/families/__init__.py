@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from joulemark import plugins
 from joulemark.errors import BadInput
+from joulemark_exporter import configuration
 from joulemark_exporter.weights import Float32
 
 PACKAGE = "joulemark_exporter.families"
@@ -168,6 +169,13 @@ def affine_norm(name: str, place: str, size: int) -> tuple[Tensor, Tensor]:
 def head(config: Config, tied: bool, width: int) -> tuple[Tensor, ...]:
     """The output matrix, where it is a tensor of its own."""
     return () if tied else (Tensor(HEAD, (int(config["vocab_size"]), width), Placement("output.weight")),)
+
+
+def memory_of_all_heads(config: Config, width: int) -> Memory:
+    """Of models whose key heads are as many as their query heads. Raises BadInput."""
+    heads = configuration.count(config, "n_head", "num_attention_heads", most=configuration.MOST_WIDTH)
+    layers = configuration.count(config, "n_layer", "num_hidden_layers", most=configuration.MOST_LAYERS)
+    return Memory(layers, heads, configuration.head_size(width, heads))
 
 
 def rotary_rows(heads: int, rows: int) -> NDArray[np.intp]:

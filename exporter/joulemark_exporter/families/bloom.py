@@ -11,12 +11,12 @@ from joulemark_exporter.families import (
     Config,
     Family,
     Linear,
-    Memory,
     Placement,
     Tensor,
     Value,
     affine_norm,
     head,
+    memory_of_all_heads,
     vector,
 )
 
@@ -91,12 +91,6 @@ def _width(config: Config) -> int:
     return configuration.count(config, "hidden_size", "n_embed", most=configuration.MOST_WIDTH)
 
 
-def _memory(config: Config) -> Memory:
-    heads = configuration.count(config, "n_head", "num_attention_heads", most=configuration.MOST_WIDTH)
-    layers = configuration.count(config, "n_layer", "num_hidden_layers", most=configuration.MOST_LAYERS)
-    return Memory(layers, heads, configuration.head_size(_width(config), heads))
-
-
 FAMILY = Family(
     model_types=("bloom",),
     prefix="transformer.",
@@ -108,6 +102,6 @@ FAMILY = Family(
     tensors=_tensors,
     metadata=_metadata,
     context=_context,
-    memory=_memory,
+    memory=lambda config: memory_of_all_heads(config, _width(config)),
     returns_tuple=True,
 )

@@ -8,12 +8,12 @@ from joulemark_exporter.families import (
     Config,
     Family,
     Linear,
-    Memory,
     Placement,
     Tensor,
     Value,
     affine_norm,
     head,
+    memory_of_all_heads,
     vector,
 )
 
@@ -84,12 +84,6 @@ def _inner(config: Config) -> int:
     return configuration.count(config, "n_inner", default=4 * _width(config), most=configuration.MOST_WIDTH)
 
 
-def _memory(config: Config) -> Memory:
-    heads = configuration.count(config, "n_head", "num_attention_heads", most=configuration.MOST_WIDTH)
-    layers = configuration.count(config, "n_layer", "num_hidden_layers", most=configuration.MOST_LAYERS)
-    return Memory(layers, heads, configuration.head_size(_width(config), heads))
-
-
 FAMILY = Family(
     model_types=("gpt2",),
     prefix="transformer.",
@@ -101,5 +95,5 @@ FAMILY = Family(
     tensors=_tensors,
     metadata=_metadata,
     context=_positions,
-    memory=_memory,
+    memory=lambda config: memory_of_all_heads(config, _width(config)),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from joulemark.errors import BadInput
 from joulemark_exporter import configuration
-from joulemark_exporter.families import HEAD, Config, Family, Linear, Memory, Tensor, Value
+from joulemark_exporter.families import HEAD, Config, Family, Linear, Tensor, Value, memory_of_all_heads
 
 LAYERS = "model.decoder.layers"
 EMBEDDING = "model.decoder.embed_tokens.weight"
@@ -68,14 +68,8 @@ def _context(config: Config) -> int:
     return configuration.count(config, "max_position_embeddings")
 
 
-def _memory(config: Config) -> Memory:
-    heads = configuration.count(config, "num_attention_heads", most=configuration.MOST_WIDTH)
-    layers = configuration.count(config, "num_hidden_layers", most=configuration.MOST_LAYERS)
-    return Memory(
-        layers,
-        heads,
-        configuration.head_size(configuration.count(config, "hidden_size", most=configuration.MOST_WIDTH), heads),
-    )
+def _width(config: Config) -> int:
+    return configuration.count(config, "hidden_size", most=configuration.MOST_WIDTH)
 
 
 FAMILY = Family(
@@ -89,5 +83,5 @@ FAMILY = Family(
     tensors=_tensors,
     metadata=_metadata,
     context=_context,
-    memory=_memory,
+    memory=lambda config: memory_of_all_heads(config, _width(config)),
 )
