@@ -17,12 +17,14 @@ from joulemark.errors import BadInput
 
 @dataclass(frozen=True)
 class IntegerForm:
-    """What kind of integers a matrix is made of. `contiguous`: groups are neighbouring columns."""
+    """What kind of integers a model's matrices are made of. `contiguous`: groups are neighbouring columns. `embedding`: the tensor type of
+    the token embedding and of the output matrix."""
 
     bits: int
     group_size: int
     symmetric: bool
     contiguous: bool = True
+    embedding: str = "Q8_0"
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,17 @@
 """A causal language model as an ONNX graph with a key-value memory, through torch's exporter, for every family.
 
-    input_ids (batch, tokens) · attention_mask (batch, past + tokens) · position_ids (batch, tokens) · logit_positions (wanted,)
-    past_key_values.N.key / .value (batch, key heads, past, head size)
-    → logits (batch, wanted, vocabulary) · present.N.key / .value
+    input_ids, position_ids   (batch, tokens)            int64
+    attention_bias            (1, 1, tokens, keys)       float32, added to the scores: 0, or HIDDEN for keys that a token must not see
+    key_positions             (keys,)                    int64: the position that each key stands at
+    last_keys                 (batch,)                   int32: where in the memory each row's last token goes
+    total_keys                (1,)                       int32: keys of the longest row
+    logit_positions           (wanted,)                  int64: the tokens whose logits are wanted
+    past_key_values.N.key / .value   (batch, key heads, capacity, head size)
+    → logits (batch, wanted, vocabulary) · present.N.key / .value, as large as the past, or as `total_keys` where that is more
 
-`logit_positions` picks the positions whose logits are wanted before the output matrix is applied, which is a fifth of a small model's
-work. What an engine must know of the model beside the graph is in the file's metadata, under `joulemark.`. The class computes; nothing is
-rewritten here."""
+The memory grows in place where present is bound to the buffer of past. Picking positions before the output matrix is applied saves a fifth
+of a small model's work. What an engine must know of the model beside the graph is in the file's metadata, under `joulemark.`. The class
+computes; nothing is rewritten here but floats stored in 16 bits."""
 
 from __future__ import annotations
 
@@ -22,7 +27,9 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
-from transformers import DynamicCache
+
+from joulemark_exporter.families import Memory
+from joulemark_exporter.onnx_attention import Attention, Given, PassedThrough
 
 OPSET = 21
 LARGEST_FILE = 1_500_000_000
@@ -42,64 +49,61 @@ class _WithMemory(nn.Module):
         parameters = inspect.signature(model.forward).parameters
         self._memory = "cache" if "cache" in parameters else "past_key_values"
         self._positions = "position_ids" in parameters
+        self._attention = Attention(model)
 
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
         position_ids: Tensor,
+        attention_bias: Tensor,
+        key_positions: Tensor,
+        last_keys: Tensor,
+        total_keys: Tensor,
         logit_positions: Tensor,
         past: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:
         """See the module."""
-        memory: Any = DynamicCache()
-        for layer in range(len(past) // 2):
-            memory.update(past[2 * layer], past[2 * layer + 1], layer)
-        named: dict[str, Any] = {self._memory: memory, "use_cache": True, "logits_to_keep": logit_positions}
+        self._attention.begin(Given(position_ids, attention_bias, key_positions, last_keys, total_keys, past))
+        named: dict[str, Any] = {self._memory: PassedThrough(), "use_cache": True, "logits_to_keep": logit_positions}
         if self._positions:
             named["position_ids"] = position_ids
-        found = self.model(input_ids=input_ids, attention_mask=attention_mask, **named)
-        present: list[Tensor] = [tensor for layer in memory.layers for tensor in (layer.keys, layer.values)]
-        return (found.logits, *present)
+        found = self.model(input_ids=input_ids, **named)
+        return (found.logits, *self._attention.present)
 
 
 def names(layers: int) -> tuple[list[str], list[str]]:
     """(inputs, outputs) of the graph, in order."""
     parts = [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
-    inputs = [
-        "input_ids",
-        "attention_mask",
-        "position_ids",
-        "logit_positions",
-        *(f"past_key_values.{part}" for part in parts),
-    ]
-    return inputs, ["logits", *(f"present.{part}" for part in parts)]
+    told = [name for name in inspect.signature(_WithMemory.forward).parameters if name not in ("self", "past")]
+    return [*told, *(f"past_key_values.{part}" for part in parts)], ["logits", *(f"present.{part}" for part in parts)]
 
 
-def write(model: Any, path: Path, about: Mapping[str, Any], halved: bool = False) -> tuple[Path, ...]:
-    """Writes the graph of a transformers model in float32; returns its files. `halved` stores matrices in 16 bits: they are widened when
-    the file is loaded, so that only the weights are rounded. `about` becomes metadata, as JSON values."""
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    batch, before, tokens = 2, 5, 3  # any numbers above one: ones would be taken for constants
-    past = tuple(torch.randn(batch, heads, before, size) for _ in range(2 * config.num_hidden_layers))
+def write(model: Any, memory: Memory, path: Path, about: Mapping[str, Any], halved: bool = False) -> tuple[Path, ...]:
+    """Writes the graph of a transformers model, which is changed, in float32; returns its files.
+
+    `halved` stores matrices in 16 bits: they are widened when the file is loaded, so that only the weights are rounded (scales of packed
+    matrices are halves already: they lose nothing). `about` becomes metadata, as JSON values."""
+    batch, capacity, tokens, keys = 2, 11, 3, 8  # any numbers above one: ones would be taken for constants
+    past = tuple(torch.zeros(batch, memory.heads, capacity, memory.head_size) for _ in range(2 * memory.layers))
     example = (
         torch.ones((batch, tokens), dtype=torch.int64),
-        torch.ones((batch, before + tokens), dtype=torch.int64),
-        torch.arange(before, before + tokens)[None].repeat(batch, 1),
+        torch.arange(keys - tokens, keys)[None].repeat(batch, 1),
+        torch.zeros((1, 1, tokens, keys)),
+        torch.arange(keys),
+        torch.full((batch,), keys - 1, dtype=torch.int32),
+        torch.tensor([keys], dtype=torch.int32),
         torch.tensor([0, tokens - 1]),
         past,
     )
     free = torch.export.Dim.DYNAMIC
-    plane = {0: free, 1: free}
-    shapes = (plane, plane, plane, {0: free}, tuple({0: free, 2: free} for _ in past))
-    inputs, outputs = names(config.num_hidden_layers)
+    plane, line = {0: free, 1: free}, {0: free}
+    shapes = (plane, plane, {2: free, 3: free}, line, line, None, line, tuple({0: free, 2: free} for _ in past))
+    inputs, outputs = names(memory.layers)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program: Any = torch.onnx.export(
-            _WithMemory(model.eval()),
+            _WithMemory(model).eval(),
             example,
             input_names=inputs,
             output_names=outputs,
@@ -111,10 +115,10 @@ def write(model: Any, path: Path, about: Mapping[str, Any], halved: bool = False
     proto = program.model_proto
     if halved:
         _halve(proto)
-    return finish(proto, path, about)
+    return _finish(proto, path, about)
 
 
-def finish(proto: onnx.ModelProto, path: Path, about: Mapping[str, Any]) -> tuple[Path, ...]:
+def _finish(proto: onnx.ModelProto, path: Path, about: Mapping[str, Any]) -> tuple[Path, ...]:
     """Writes a graph with its metadata: one file, or two where protobuf's limit asks for it. Returns them, the graph first."""
     helper.set_model_props(proto, {f"{PREFIX}{name}": json.dumps(value) for name, value in about.items()})
     large = sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > LARGEST_FILE
@@ -125,11 +129,12 @@ def finish(proto: onnx.ModelProto, path: Path, about: Mapping[str, Any]) -> tupl
 
 
 def _halve(proto: onnx.ModelProto) -> None:
-    """Large float32 tensors in 16 bits, each followed by a widening; engines do that once, when they load the file."""
+    """Large float32 matrices in 16 bits, each followed by a widening; engines do that once, when they load the file."""
     graph = proto.graph
     widened: list[onnx.NodeProto] = []
     for tensor in graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2 or _size(tensor) < SMALLEST_HALVED:
+        wide = tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2 and _size(tensor) >= SMALLEST_HALVED
+        if not wide:
             continue
         name = tensor.name
         narrow = numpy_helper.from_array(numpy_helper.to_array(tensor).astype("float16"), f"{name}.half")

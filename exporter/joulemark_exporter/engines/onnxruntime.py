@@ -52,21 +52,21 @@ class Engine:
     def logits(self, tokens: list[int]) -> NDArray[np.float32]:
         """See the contract."""
         count = len(tokens)
+        positions = np.arange(count, dtype=np.int64)
         given: dict[str, Any] = {
             "input_ids": np.array([tokens], np.int64),
-            "attention_mask": np.ones((1, count), np.int64),
-            "position_ids": np.arange(count, dtype=np.int64)[None],
-            "logit_positions": np.arange(count, dtype=np.int64),
+            "position_ids": positions[None],
+            "attention_bias": np.zeros((1, 1, count, count), np.float32),
+            "key_positions": positions,
+            "last_keys": np.array([count - 1], np.int32),
+            "total_keys": np.array([count], np.int32),
+            "logit_positions": positions,
         }
-        feeds: dict[str, Any] = {}
         for item in self._session.get_inputs():
-            if item.name in given:
-                feeds[item.name] = given[item.name]
-            else:
-                kind = np.float16 if item.type == "tensor(float16)" else np.float32
-                feeds[item.name] = np.zeros((1, int(item.shape[1]), 0, int(item.shape[3])), kind)
+            if item.name.startswith("past_key_values."):
+                given[item.name] = np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32)
         try:
-            return self._session.run(["logits"], feeds)[0][0].astype(np.float32)
+            return self._session.run(["logits"], given)[0][0].astype(np.float32)
         except Exception as error:
             raise EngineFailed(
                 f"onnxruntime could not compute the probe: {error}"[:600], "the graph is damaged"

@@ -27,7 +27,7 @@ class GroupOptions(Settings):
 
     def form(self) -> IntegerForm:
         """What kind of integers come."""
-        return IntegerForm(self.bits, self.group_size, self.symmetric, self.contiguous())
+        return IntegerForm(self.bits, self.group_size, self.symmetric, self.contiguous(), self.embedding)
 
     def rounding(self) -> Rounding:
         """The grid that these options describe."""

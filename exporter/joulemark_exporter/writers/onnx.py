@@ -1,14 +1,12 @@
 """ONNX for onnxruntime: a graph with key-value memory, the tokenizer and the chat template beside it.
 
-Floats go through torch's exporter, for every family; four bits through onnxruntime-genai's builder, from the integers that a quantizer
-chose."""
+Everything goes through torch's exporter, for every family; the integers that a quantizer chose are put into the graph as they are."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +16,10 @@ import onnx
 from joulemark.artifact import hash_file
 from joulemark.errors import BadInput
 from joulemark.wire import FileEntry, Manifest
-from joulemark_exporter import configuration, hub_folder, onnx_graph, onnx_int4, torch_model
-from joulemark_exporter.quantizers import Choices, IntegerForm, Integers, Task
+from joulemark_exporter import configuration, onnx_graph, onnx_packed, torch_model
+from joulemark_exporter.group_quantized import GroupQuantized
+from joulemark_exporter.onnx_attention import HEAD_MULTIPLE
+from joulemark_exporter.quantizers import Choices, IntegerForm, Task
 from joulemark_exporter.recipe import Settings
 from joulemark_exporter.weights import Float32, Weight
 from joulemark_exporter.writers import Written
@@ -39,10 +39,10 @@ ENDS = (
 
 
 class Options(Settings):
-    """`precision`: fp32; fp16 (matrices stored in 16 bits, computed in 32); int4 (from a quantizer's integers). `accuracy_level` of int4: 4
-    rounds activations to eight bits, 1 keeps them in 32."""
+    """`precision`: fp32; fp16 (matrices stored in 16 bits, computed in 32); int4 and int8 (a quantizer's integers). `accuracy_level` of
+    integers: 4 rounds activations to eight bits, 1 keeps them in 32."""
 
-    precision: Literal["fp32", "fp16", "int4"] = "fp32"
+    precision: Literal["fp32", "fp16", "int4", "int8"] = "fp32"
     accuracy_level: Literal[1, 4] = 4
 
 
@@ -50,24 +50,26 @@ def check(task: Task, options: Options, form: IntegerForm | None) -> None:
     """See the contract."""
     if not (task.model.folder / "tokenizer.json").is_file() and not (task.model.folder / "tokenizer.model").is_file():
         raise BadInput(f"there is no tokenizer in {task.model.folder}", "expected tokenizer.json or tokenizer.model")
-    if options.precision != "int4":
+    size = task.family.memory(task.model.config).head_size
+    if size % HEAD_MULTIPLE:
+        raise BadInput(
+            f"the heads of this model have {size} numbers, onnxruntime's attention wants a multiple of {HEAD_MULTIPLE}",
+            "use the GGUF format",
+        )
+    if not options.precision.startswith("int"):
         if form is not None:
             raise BadInput(
                 f"{options.precision} holds no integers of a quantizer",
-                'use precision = "int4", or the quantizer "none"',
+                f'use precision = "int{form.bits}", or the quantizer "none"',
             )
         return
     if form is None:
-        raise BadInput("int4 needs integers", 'use the quantizer "gptq" or "rtn"')
-    if task.model.model_type not in onnx_int4.BUILDABLE:
-        raise BadInput(
-            f"onnxruntime-genai's builder does not know {task.model.model_type} models",
-            f"int4 is for {', '.join(onnx_int4.BUILDABLE)}; use fp32 or fp16",
-        )
-    if form.bits != 4 or form.group_size < 16 or form.group_size & (form.group_size - 1) or not form.contiguous:
-        raise BadInput(
-            "onnxruntime computes with 4 bits in contiguous groups of 16, 32, 64 …", "change bits and group_size"
-        )
+        raise BadInput(f"{options.precision} needs integers", 'use the quantizer "gptq" or "rtn"')
+    why = onnx_packed.misfit(form)
+    if why is not None:
+        raise BadInput(why, "or use the GGUF format")
+    if options.precision != f"int{form.bits}":
+        raise BadInput(f"{options.precision} cannot hold {form.bits} bits", f'use precision = "int{form.bits}"')
 
 
 def write(task: Task, choices: Choices, folder: Path, options: Options) -> Written:
@@ -75,16 +77,11 @@ def write(task: Task, choices: Choices, folder: Path, options: Options) -> Writt
     _write_tokenizer(task, folder)
     path, about = folder / "model.onnx", facts(task, choices, options)
     task.say("writing the graph", 0, 1)
-    if options.precision == "int4":
-        checkpoint = task.work / "checkpoint"
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        form = next(choice.form for choice in choices.by_name.values() if isinstance(choice, Integers))
-        hub_folder.write(task.model, checkpoint, choices, form)
-        size = task.family.memory(task.model.config).head_size
-        files = onnx_int4.write(checkpoint, task.work, path, about, size, options.accuracy_level)
-    else:
-        module = torch_model.build(task.model, task.family)
-        files = onnx_graph.write(module, path, about, halved=options.precision == "fp16")
+    integers = options.precision.startswith("int")
+    instead = onnx_packed.modules(task, choices, options.accuracy_level) if integers else None
+    module = torch_model.build(task.model, task.family, instead)
+    memory = task.family.memory(task.model.config)
+    files = onnx_graph.write(module, memory, path, about, halved=options.precision != "fp32")
     task.say("writing the graph", 1, 1)
     beside = tuple(folder / name for name in ("tokenizer.json", "tokenizer_config.json"))
     # 16-bit matrices are widened when the graph is loaded, and its key-value memory is float32.
@@ -95,7 +92,8 @@ def write(task: Task, choices: Choices, folder: Path, options: Options) -> Writt
 
 def tools(options: Options) -> tuple[str, ...]:
     """See the contract."""
-    return ("onnx", "onnxruntime", "onnxruntime-genai" if options.precision == "int4" else "onnxscript")
+    del options
+    return ("onnx", "onnxruntime", "onnxscript", "torch", "transformers")
 
 
 def describe(task: Task, choices: Choices, written: Written) -> Manifest:
@@ -124,17 +122,22 @@ def describe(task: Task, choices: Choices, written: Written) -> Manifest:
 
 
 def read_back(task: Task, choices: Choices, written: Written) -> dict[str, Weight]:
-    """See the contract: what was chosen, because graphs are rewritten too freely to read weights out of them."""
-    del written
+    """See the contract: the integers as the file holds them. Floats are the model's own: the exporter folds them into other shapes."""
     found = dict(task.model.weights)
-    for name, choice in choices.by_name.items():
-        if isinstance(choice, Integers):
-            found[name] = replace(found[name], read=functools.partial(_dequantized, choice))
+    packed = onnx_packed.packed_names(task, choices)
+    if not packed:
+        return found
+    linears = task.family.matrices(task.model.config)
+    matrices = onnx_packed.read_back(onnx.load(written.files[0]), packed.values())
+    for name, module in packed.items():
+        turned = name in linears and linears[name].transposed
+        found[name] = replace(found[name], read=functools.partial(_rows, matrices[module], turned))
     return found
 
 
-def _dequantized(choice: Integers, start: int, stop: int) -> Float32:
-    return choice.load().dequantize()[start:stop]
+def _rows(matrix: GroupQuantized, turned: bool, start: int, stop: int) -> Float32:
+    values = matrix.dequantize()
+    return (values.T.copy() if turned else values)[start:stop]
 
 
 def facts(task: Task, choices: Choices, options: Options) -> dict[str, Any]:
@@ -144,7 +147,7 @@ def facts(task: Task, choices: Choices, options: Options) -> dict[str, Any]:
     return {
         "architecture": config["model_type"],
         "precision": options.precision,
-        "quantization": choices.title if options.precision == "int4" else options.precision,
+        "quantization": choices.title if options.precision.startswith("int") else options.precision,
         "parameters": numbers,
         "context_tokens": task.family.context(config),
         "vocabulary": int(config["vocab_size"]),
