@@ -100,7 +100,9 @@ def test_floats_the_whole_way(precision: str, tmp_path: Path) -> None:
     assert exported.report["findings"]["divergence"] < 1e-4
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])  # plain; matrices the other way round; a scaled embedding
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "gemma"]
+)  # plain; matrices the other way round; a scaled embedding
 def test_integers_the_whole_way(family: str, tmp_path: Path) -> None:
     hub_models.write(tmp_path / "base", family)
     given = request(
