@@ -16,6 +16,7 @@ from typing import Any
 
 from joulemark.errors import EngineFailed, MissingExtra
 from joulemark_agent.backends import do_nothing
+from joulemark_agent.backends._logits import import_numpy
 
 INSTALL_HINT = (
     "install it with: pip install 'joulemark[llama]' (or `make install`, which builds it once and keeps the wheel)"
@@ -32,15 +33,6 @@ def import_llama() -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         raise MissingExtra(f"the llama.cpp engine cannot be loaded: {error}", INSTALL_HINT) from error
     return llama_cpp
-
-
-def import_numpy() -> Any:
-    """numpy comes with the engine's extra."""
-    try:
-        import numpy
-    except ImportError as error:
-        raise MissingExtra(f"numpy cannot be loaded: {error}", INSTALL_HINT) from error
-    return numpy
 
 
 class Log:
@@ -186,7 +178,7 @@ class Context:
         beat: Callable[[], None] = do_nothing,
     ) -> None:
         llama = model.llama
-        self._numpy = import_numpy()
+        self._numpy = import_numpy(INSTALL_HINT)
         parameters = llama.llama_context_default_params()
         parameters.n_ctx = cells
         parameters.n_batch = batch_tokens
@@ -289,19 +281,3 @@ class Context:
                 self._llama.llama_batch_free(self._batch)
             self._llama.llama_free(self._pointer)
             self._pointer = None
-
-
-def log_probability(numpy: Any, vocabulary_size: int) -> Callable[[Any, Sequence[int]], tuple[list[float], int]]:
-    """A function (row, targets) → (log-softmax at the targets, arg max), float32 with the maximum subtracted (tasks.md)."""
-    # One buffer for all rows: memory of this size comes from the kernel and would be mapped and zeroed anew each time.
-    shifted = numpy.empty(vocabulary_size, dtype=numpy.float32)
-
-    def at(row: Any, targets: Sequence[int]) -> tuple[list[float], int]:
-        best = int(row.argmax())
-        highest = row[best]
-        numpy.subtract(row, highest, out=shifted)
-        numpy.exp(shifted, out=shifted)
-        total = numpy.log(shifted.sum(dtype=numpy.float32))
-        return [float(row[target] - highest - total) for target in targets], best
-
-    return at

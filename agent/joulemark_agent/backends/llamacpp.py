@@ -13,22 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from joulemark.errors import BadInput
-from joulemark.wire import EngineFacts, Problem
+from joulemark.wire import EngineFacts
 from joulemark_agent.backends import Choice, Generated, GenerateRequest, Options, Scored, ScoreRequest, Session, Token
-from joulemark_agent.backends._llama_engine import Context, Model, import_numpy, log_probability
-from joulemark_agent.backends._open_score import OpenScore
+from joulemark_agent.backends._generation import SHORT_PREFIX, Growing, Waiting, admit, prompt_of_stream
+from joulemark_agent.backends._llama_engine import INSTALL_HINT, Context, Model
+from joulemark_agent.backends._logits import import_numpy, log_probability
+from joulemark_agent.backends._scoring import OpenScore, Owner, score
 from joulemark_agent.backends._token_choice import TokenChooser
 from joulemark_agent.chat_template import render_template
 from joulemark_agent.costs import Costs
-from joulemark_agent.decoding import TextBuffer
 from joulemark_agent.planning import Extend, Placed, Request, Retract, Step, common_prefix, plan
 
 FORMATS = ("gguf",)
 
 # Branches of one scoring batch. A batch of 512 tokens holds about ten ARC questions of four or five choices.
 SCORING_BRANCHES = 128
-# A common prefix shorter than this is not worth a sequence of its own.
-SHORT_PREFIX = 16
 # The engine allocates its memory, and computes attention, in blocks of this many positions.
 CELL_BLOCK = 256
 # What a call costs beside its tokens, in tokens, and a multiply-add of attention (16-bit floats) in ones of the weights. A fit over 132
@@ -42,26 +41,13 @@ def open_session(path: Path, options: Options) -> Session:
     return LlamaSession(Model(path), options)
 
 
-class _Slot:
-    """A sequence that is generating."""
-
-    def __init__(self, request: GenerateRequest, tokens: list[int], prefix: int, buffer: TextBuffer) -> None:
-        self.request = request
-        self.tokens = tokens
-        self.prefix = prefix
-        self.buffer = buffer
-        self.position = len(tokens)
-        self.token = -1
-        self.new_tokens = 0
-
-
 class LlamaSession:
     """A loaded model and the context that the last kind of request needed."""
 
     def __init__(self, model: Model, options: Options) -> None:
         self._model = model
         self._options = options
-        self._numpy = import_numpy()
+        self._numpy = import_numpy(INSTALL_HINT)
         self._read = log_probability(self._numpy, model.vocabulary_size)
         self._context: Context | None = None
         self._costs = Costs(CALL_COST, ATTENTION_COST * model.attention_share(), CELL_BLOCK)
@@ -118,48 +104,12 @@ class LlamaSession:
         context.reset()
         return context
 
-    def _too_long(self, needed: int, what: str) -> Problem:
-        return Problem(
-            code="prompt_too_long",
-            message=f"{what} needs {needed} tokens, the context holds {self._window}",
-            hint="raise context_tokens (the model's own limit is the most it can be) or use a model with a longer context",
-        )
-
     # --- scoring ------------------------------------------------------------------------------------------------------
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scored]:
-        """Score all continuations of all requests; a result comes when its last continuation is done."""
-        flat: list[Request] = []
-        owner: list[tuple[OpenScore, int]] = []
-        for request in requests:
-            opened = self._open_score(request)
-            if isinstance(opened, Scored):
-                yield opened
-                continue
-            owner.extend((opened, index) for index in range(len(opened.sequences)))
-            flat.extend(opened.sequences)
-        if not flat:
-            return
-        for finished in self._run_plan(flat, owner):
-            opened, _ = owner[finished]
-            opened.left -= 1
-            if opened.left == 0:
-                yield opened.result()
+        """See the contract."""
+        return score(requests, self._model.tokenize, self._window, self._run_plan)
 
-    def _open_score(self, request: ScoreRequest) -> OpenScore | Scored:
-        prompt = self._model.tokenize(request.prompt)
-        sequences: list[Request] = []
-        for continuation in request.continuations:
-            whole = self._model.tokenize(request.prompt + continuation)
-            # As lm-eval splits: the continuation is what follows as many tokens as the prompt alone has.
-            if len(whole) <= len(prompt) or not prompt:
-                problem = Problem(code="empty_continuation", message="a prompt or a choice has no token of its own")
-                return Scored(request.key, problem=problem)
-            if len(whole) > self._window:
-                return Scored(request.key, len(prompt), problem=self._too_long(len(whole), "prompt and choice"))
-            sequences.append(Request(tuple(whole), len(prompt)))
-        return OpenScore(request.key, len(prompt), sequences)
-
-    def _run_plan(self, flat: list[Request], owner: Sequence[tuple[OpenScore, int]]) -> Iterator[int]:
+    def _run_plan(self, flat: list[Request], owner: Sequence[Owner]) -> Iterator[int]:
         batch = self._options.batch_tokens
         longest = max(request.decoded for request in flat)
         if self._model.recurrent:
@@ -175,7 +125,7 @@ class LlamaSession:
         for step in plan(flat, batch, branches, self._costs):
             yield from self._step(context, step, owner)
 
-    def _step(self, context: Context, step: Step, owner: Sequence[tuple[OpenScore, int]]) -> Sequence[int]:
+    def _step(self, context: Context, step: Step, owner: Sequence[Owner]) -> Sequence[int]:
         if isinstance(step, Retract):
             context.remove(0, step.length)
             return step.finished
@@ -192,7 +142,7 @@ class LlamaSession:
         return step.finished
 
     def _evaluate(
-        self, context: Context, placed: Sequence[Placed], branches: int | None, owner: Sequence[tuple[OpenScore, int]]
+        self, context: Context, placed: Sequence[Placed], branches: int | None, owner: Sequence[Owner]
     ) -> None:
         context.clear_batch()
         reading: list[Placed] = []
@@ -224,43 +174,35 @@ class LlamaSession:
     # --- generation ---------------------------------------------------------------------------------------------------
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Generated]:
         """Greedy continuous batching; a finished sequence is replaced at once."""
-        waiting: list[tuple[GenerateRequest, list[int]]] = []
-        for request in requests:
-            tokens = self._model.tokenize(request.prompt)
-            needed = len(tokens) + request.max_new_tokens
-            if not tokens:
-                yield Generated(request.key, problem=Problem(code="empty_prompt", message="the prompt has no token"))
-            elif needed > self._window:
-                yield Generated(request.key, len(tokens), problem=self._too_long(needed, "prompt and answer"))
-            else:
-                waiting.append((request, tokens))
+        refused, waiting = admit(requests, self._model, self._window)
+        yield from refused
         if waiting:
             yield from self._batches(waiting)
 
-    def _batches(self, waiting: list[tuple[GenerateRequest, list[int]]]) -> Iterator[Generated]:
+    def _batches(self, waiting: list[Waiting]) -> Iterator[Generated]:
         prefix, slots, context = self._prepare(waiting)
         waiting = list(reversed(waiting))
-        active: dict[int, _Slot] = {}
+        active: dict[int, Growing] = {}
         free = [index + 1 for index in reversed(range(slots))]
         while waiting or active:
-            admitted: dict[int, _Slot] = {}
+            admitted: dict[int, Growing] = {}
             while waiting and free:
                 request, tokens = waiting.pop()
-                admitted[free.pop()] = _Slot(request, tokens, prefix, TextBuffer(request.stop))
+                admitted[free.pop()] = Growing(request, tokens)
             if admitted:
                 chosen = self._prefill(context, admitted, prefix)
                 active.update(admitted)
             else:
                 chosen = self._decode_step(context, active)
             for sequence, token in chosen.items():
-                result = self._advance(active[sequence], token)
+                result = active[sequence].advance(token, self._model)
                 if result is not None:
                     context.remove(sequence)
                     del active[sequence]
                     free.append(sequence)
                     yield result
 
-    def _prepare(self, waiting: Sequence[tuple[GenerateRequest, list[int]]]) -> tuple[int, int, Context]:
+    def _prepare(self, waiting: Sequence[Waiting]) -> tuple[int, int, Context]:
         """Decode the common prefix into sequence 0 and choose how many sequences run side by side."""
         prefix = 0 if self._model.recurrent else common_prefix([tokens for _, tokens in waiting])
         if prefix < SHORT_PREFIX:
@@ -281,11 +223,11 @@ class LlamaSession:
 
     def _affordable(self, prefix: int, own: int) -> int:
         """How many sequences of `own` positions the key-value memory's budget holds beside the prefix; at least one."""
-        if self._options.memory_bytes is None:
+        if self._options.memory_bytes is None or self._model.recurrent:  # whose memory does not grow with positions
             return self._options.sequences
         return max(1, (self._options.memory_bytes // self._model.cell_bytes() - prefix) // own)
 
-    def _prefill(self, context: Context, admitted: dict[int, _Slot], prefix: int) -> dict[int, int]:
+    def _prefill(self, context: Context, admitted: dict[int, Growing], prefix: int) -> dict[int, int]:
         """Decode the own parts of the admitted prompts together; the first new token of each."""
         if prefix:
             for sequence in admitted:
@@ -318,7 +260,7 @@ class LlamaSession:
             run()
         return chosen
 
-    def _decode_step(self, context: Context, active: dict[int, _Slot]) -> dict[int, int]:
+    def _decode_step(self, context: Context, active: dict[int, Growing]) -> dict[int, int]:
         """One new token for every running sequence."""
         context.clear_batch()
         for sequence, slot in active.items():
@@ -327,32 +269,11 @@ class LlamaSession:
         rows = context.decode()
         return {sequence: int(row.argmax()) for sequence, row in zip(active, rows, strict=True)}
 
-    def _advance(self, slot: _Slot, token: int) -> Generated | None:
-        """Take a new token into a sequence; its result when that ends it."""
-        slot.token = token
-        slot.new_tokens += 1
-        finish = None
-        if self._model.is_end(token):
-            finish = "eos"
-        elif slot.buffer.push(self._model.piece(token)):
-            finish = "stop"
-        elif slot.new_tokens >= slot.request.max_new_tokens:
-            finish = "length"
-        if finish is None:
-            return None
-        text = slot.buffer.finish()
-        if slot.buffer.stopped:
-            finish = "stop"
-        return Generated(slot.request.key, len(slot.tokens), slot.new_tokens, text, finish)
-
     # --- single stream ------------------------------------------------------------------------------------------------
     def stream(self, prompt: str, max_new_tokens: int, choice: Choice) -> Iterator[Token]:
         """One sequence, nothing reused; see the contract."""
-        tokens = self._model.tokenize(prompt)
+        tokens = prompt_of_stream(prompt, max_new_tokens, self._model, self._window)
         needed = len(tokens) + max_new_tokens
-        if not tokens or needed > self._window:
-            problem = self._too_long(needed, "prompt and answer")
-            raise BadInput("the prompt has no token" if not tokens else problem.message, problem.hint)
         context = self._need(needed, 1)
         chooser = TokenChooser(self._numpy, choice, self._model.piece)
         row = self._prompt_row(context, tokens)
