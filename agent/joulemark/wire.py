@@ -11,7 +11,15 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, StringConstraints, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    field_validator,
+    model_serializer,
+)
 
 SCHEMA = 1
 
@@ -123,6 +131,13 @@ class Manifest(Wire):
             for key, value in values.items()
             if value is not None or key not in ("origin", "required_memory_bytes")
         }
+
+    @field_validator("files")
+    @classmethod
+    def _names_differ(cls, files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
+        if len({entry.path for entry in files}) != len(files):
+            raise ValueError("two files have the same name")
+        return files
 
     @property
     def bits_per_weight(self) -> float:

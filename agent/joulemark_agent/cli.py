@@ -56,7 +56,7 @@ def agent(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A GGUF file.")],
+    model: Annotated[Path, typer.Argument(help="A GGUF file, or the folder of an exported artifact.")],
     task: Annotated[str, typer.Option(help="Tasks, separated by commas.")] = "arc_challenge,gsm8k_cot",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first documents of each task.")] = None,
     out: Annotated[
@@ -75,7 +75,7 @@ def evaluate(
     idle: Annotated[float, typer.Option(min=0.5, help="Seconds of idle window before the run.")] = 3.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print summaries as JSON instead of a table.")] = False,
 ) -> None:
-    """Evaluate a model file on this machine: no host, no agent, the same worker, scorer, sampler and record as on a board.
+    """Evaluate a model on this machine: no host, no agent, the same worker, scorer, sampler and record as on a board.
 
     Example: joulemark eval model.gguf --task arc_challenge,gsm8k_cot --limit 50 --out results
     """

@@ -83,7 +83,7 @@ class Completions:
             return self._worker
         self.unload()
         manifest = self._library.manifest(artifact_id)
-        worker = Worker(self._job(manifest))
+        worker = Worker(self._job(artifact_id, manifest))
         self._worker, self._artifact_id = worker, artifact_id
         while True:
             message = self._next(worker)
@@ -92,14 +92,14 @@ class Completions:
             if isinstance(message, Failed):
                 raise EngineFailed(message.problem.message, message.problem.hint, message.problem.code)
 
-    def _job(self, manifest: Manifest) -> ServeJob:
+    def _job(self, artifact_id: str, manifest: Manifest) -> ServeJob:
         available = memory_field_bytes(self._machine.roots, "MemAvailable")
         return ServeJob(
             manifest=manifest,
             backend=choose_backend(self._machine.profile.backends, manifest.format),
             threads=usable_cores(self._machine.roots),
             memory_bytes=cache_budget(available, manifest),
-            model_path=str(self._library.file_path(manifest.files[0].sha256)),
+            model_path=str(self._library.model_path(artifact_id)),
         )
 
     def _answers(self, worker: Worker) -> Iterator[Piece | Completed]:

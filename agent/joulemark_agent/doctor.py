@@ -36,14 +36,40 @@ _BUSY_SHARE = 0.05
 """Others' share of the machine from which figures suffer: llama.cpp's threads wait for each other at every layer."""
 _SAMPLE_S = 1.0
 _ENGINE_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """`source` prints what is installed, as JSON; `opens` is what cannot be evaluated without it."""
+
+    source: str
+    package: str
+    opens: str
+    fix: str
+
+
 _ENGINES = {
-    "llama.cpp": """
+    "llama.cpp": _Engine(
+        """
 import json
 from llama_cpp import __version__, llama_cpp
 print(json.dumps({"version": __version__, "build": llama_cpp.llama_print_system_info().decode()}))
 """,
+        "llama-cpp-python",
+        "GGUF files",
+        "pip install 'joulemark[llama]', or `make install` in a checkout, which builds the engine once",
+    ),
+    "onnxruntime": _Engine(
+        """
+import json
+import onnxruntime, tokenizers
+print(json.dumps({"version": onnxruntime.__version__, "build": onnxruntime.get_build_info()}))
+""",
+        "onnxruntime",
+        "ONNX artifacts",
+        "pip install 'joulemark[onnx]'",
+    ),
 }
-_ENGINE_FIX = "pip install 'joulemark[llama]', or `make install` in a checkout, which builds the engine once"
 
 
 @dataclass(frozen=True)
@@ -175,34 +201,35 @@ def python_child(source: str) -> str:
 
 
 def _engines(run_child: Callable[[str], str]) -> Iterator[Finding]:
-    for name, source in _ENGINES.items():
-        yield _engine(name, source, run_child)
+    found = [_engine(f"engine {name}", engine, run_child) for name, engine in _ENGINES.items()]
+    yield from found
+    if all(finding.status != "ok" for finding in found):
+        yield Finding("engines", "problem", "none can be used: nothing can be evaluated", found[0].fix)
 
 
-def _engine(name: str, source: str, run_child: Callable[[str], str]) -> Finding:
-    area = f"engine {name}"
+def _engine(area: str, engine: _Engine, run_child: Callable[[str], str]) -> Finding:
     try:
-        facts: Any = json.loads(run_child(source).strip().rpartition("\n")[2])
-        text = f"llama-cpp-python {facts['version']}; {' '.join(str(facts['build']).split())}"
+        facts: Any = json.loads(run_child(engine.source).strip().rpartition("\n")[2])
+        text = f"{engine.package} {facts['version']}; {' '.join(str(facts['build']).split())}"
     except subprocess.CalledProcessError as error:
-        return _failed_engine(area, error)
+        return _failed_engine(area, engine, error)
     except subprocess.TimeoutExpired:
         return Finding(
-            area, "problem", f"it did not load within {_ENGINE_PATIENCE_S:g} s", "reinstall it: " + _ENGINE_FIX
+            area, "problem", f"it did not load within {_ENGINE_PATIENCE_S:g} s", "reinstall it: " + engine.fix
         )
     except (OSError, ValueError, LookupError, TypeError) as error:
         return Finding(area, "unknown", f"it could not be examined: {type(error).__name__}: {error}")
     return Finding(area, "ok", text)
 
 
-def _failed_engine(area: str, error: subprocess.CalledProcessError) -> Finding:
+def _failed_engine(area: str, engine: _Engine, error: subprocess.CalledProcessError) -> Finding:
     last = (error.stderr or "").strip().rpartition("\n")[2][:300]
     if error.returncode < 0:
-        fix = "it was built for another processor: rebuild it on this machine, " + _ENGINE_FIX
+        fix = "it was built for another processor: rebuild it on this machine, " + engine.fix
         return Finding(area, "problem", f"it ended with signal {-error.returncode} while it was loaded. {last}", fix)
     if "ModuleNotFoundError" in last:
-        return Finding(area, "problem", "it is not installed: nothing can be evaluated", _ENGINE_FIX)
-    return Finding(area, "problem", f"it cannot be loaded: {last}", "reinstall it: " + _ENGINE_FIX)
+        return Finding(area, "warning", f"it is not installed: {engine.opens} cannot be evaluated", engine.fix)
+    return Finding(area, "problem", f"it cannot be loaded: {last}", "reinstall it: " + engine.fix)
 
 
 # --- meters and neighbours --------------------------------------------------------------------------------------------

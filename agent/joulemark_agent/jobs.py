@@ -63,8 +63,8 @@ class Library(Protocol):
         """Raises NotFound."""
         ...
 
-    def file_path(self, sha256: str) -> Path:
-        """Raises NotFound when the file is not (completely) here."""
+    def model_path(self, artifact_id: str) -> Path:
+        """The artifact's first file, with the others beside it under the manifest's names. Raises NotFound when one is not here."""
         ...
 
     def manifest_of(self, artifact_id: str) -> Manifest:
@@ -142,8 +142,7 @@ class Jobs:
     def submit(self, spec: RunSpec) -> RunState:
         """Queue a run. Raises NotFound for a missing artifact or pack, BadInput for an unknown backend, Conflict for a taken id."""
         manifest = self._library.manifest(spec.artifact_id)
-        for entry in manifest.files:
-            self._library.file_path(entry.sha256)
+        self._library.model_path(spec.artifact_id)
         pack = packs.read(self._library.pack_path(spec.pack_id), spec.pack_id)
         packs.task_module(pack)
         self._backend(spec, manifest)
@@ -270,7 +269,7 @@ class Jobs:
             backend=self._backend(spec, manifest),
             threads=spec.threads or usable_cores(self._machine.roots),
             memory_bytes=cache_budget(available, manifest),
-            model_path=str(self._library.file_path(manifest.files[0].sha256)),
+            model_path=str(self._library.model_path(spec.artifact_id)),
             pack_path=str(self._library.pack_path(spec.pack_id)),
             done=self._journal.done(spec.run_id),
             latency_done=timed >= spec.latency.prompts,

@@ -27,7 +27,7 @@ POLL_S = 0.2
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """A library of the one model and the packs of a single command; files stay where they are."""
+    """A library of the one model and the packs of a single command; files stay where they are. `model` is the first of its files."""
 
     model: Path
     artifact_id: str
@@ -42,10 +42,9 @@ class LocalFiles:
 
     manifest_of = manifest
 
-    def file_path(self, sha256: str) -> Path:
+    def model_path(self, artifact_id: str) -> Path:
         """The model file."""
-        if sha256 != self.model_manifest.files[0].sha256:
-            raise NotFound(f"file {sha256[:12]}… is not the model of this command", "use the same model file")
+        self.manifest(artifact_id)
         return self.model
 
     def pack_path(self, pack_id: str) -> Path:
@@ -86,7 +85,10 @@ def render_packs(
 
 
 def prepare(model: Path, rendered: dict[str, Path], name: str | None) -> LocalFiles:
-    """Examine the model file. Raises ModelRejected, NotFound."""
+    """Examine the model: a GGUF file, or the folder of an artifact. Raises ModelRejected, NotFound, BadInput."""
+    if model.is_dir():
+        manifest = artifact.read_manifest(model)
+        return LocalFiles(model / manifest.files[0].path, content_id(manifest), manifest, rendered)
     manifest = artifact.describe(model, name)
     return LocalFiles(model, content_id(manifest), manifest, rendered)
 

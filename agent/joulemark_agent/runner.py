@@ -21,7 +21,7 @@ from joulemark.artifact import hash_file
 from joulemark.errors import BadInput, DigestMismatch
 from joulemark.gguf_header import read_header
 from joulemark.grading import Outcome
-from joulemark.wire import ItemRecord, LatencySample, PackItem, Phase, TaskPack
+from joulemark.wire import FileEntry, ItemRecord, LatencySample, PackItem, Phase, TaskPack
 from joulemark_agent.backends import Choice, Generated, GenerateRequest, Options, Scored, ScoreRequest, Session
 from joulemark_agent.messages import (
     Beat,
@@ -75,19 +75,27 @@ def open_backend(job: EvaluateJob | ServeJob, options: Options) -> Session:
 
 
 def verify_model(job: EvaluateJob | ServeJob) -> str:
-    """Re-hash the model file and read its header with bounds right before it is loaded: bits rot, engines do not notice, and a
-    hostile header takes an engine down. Raises DigestMismatch, ModelRejected.
+    """Re-hash the model's files and read its header with bounds right before it is loaded: bits rot, engines do not notice, and a
+    hostile header takes an engine down. Returns the first file's sha256. Raises DigestMismatch, ModelRejected.
     """
-    expected = job.manifest.files[0].sha256
-    actual = hash_file(Path(job.model_path))
-    if actual != expected:
+    model, (first, *others) = Path(job.model_path), job.manifest.files
+    _verify_file(model, first, job.manifest.name)
+    for entry in others:
+        _verify_file(model.with_name(entry.path), entry, job.manifest.name)
+    if job.manifest.format == "gguf":
+        read_header(model)
+    return first.sha256
+
+
+def _verify_file(path: Path, entry: FileEntry, name: str) -> None:
+    """Raises DigestMismatch where the file is missing or not what the manifest says."""
+    actual = hash_file(path) if path.is_file() else None
+    if actual != entry.sha256:
+        found = "it is missing" if actual is None else f"sha256 {actual[:12]}… instead of {entry.sha256[:12]}…"
         raise DigestMismatch(
-            f"the stored model {job.manifest.name} is damaged: sha256 {actual[:12]}… instead of {expected[:12]}…",
+            f"the stored model {name} is damaged: {entry.path}, {found}",
             "push the artifact again; if it happens twice, check the SD card",
         )
-    if job.manifest.format == "gguf":
-        read_header(Path(job.model_path))
-    return actual
 
 
 def evaluate(job: EvaluateJob, around: Surroundings) -> None:

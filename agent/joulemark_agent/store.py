@@ -4,6 +4,7 @@
     artifacts/<id>.json         the manifest of a complete artifact, written last
     incoming/<id>.json          the manifest of an announced artifact whose files are not all here
     packs/<id>.json             a task pack; its id is its sha256
+    opened/<id>/<name>          an artifact's files under its manifest's names (the same inodes), for engines that want them side by side
     quarantine/<sha256>         bytes that were not what they should be: never used, given up when space is needed
 
 Names from outside never become paths: ids are 64 hex digits or are refused. A cut of power or a kill leaves every
@@ -30,7 +31,7 @@ from joulemark_agent.refusals import storage_errors, write_file
 
 RESERVE_BYTES = 128 * 1024 * 1024
 """Left free for the journal, the outbox and the system when an artifact is accepted."""
-_FOLDERS = ("files", "artifacts", "incoming", "packs", "quarantine")
+_FOLDERS = ("files", "artifacts", "incoming", "packs", "quarantine", "opened")
 _ID = re.compile(r"[0-9a-f]{64}")
 
 
@@ -80,6 +81,9 @@ class Store:
             for part in (root / "files").glob("??/*.part"):
                 if part.stem not in wanted:
                     part.unlink()
+            for folder in (root / "opened").iterdir():
+                if folder.name not in self._manifests.complete:
+                    shutil.rmtree(folder)
         # A kill between the last file and its manifest leaves an artifact that only needs its manifest.
         self._promote()
 
@@ -141,6 +145,7 @@ class Store:
             manifest = self.manifest_of(artifact_id)
             # The manifest goes first: an artifact whose files are gone must not be listed.
             self._manifests.remove(artifact_id)
+            shutil.rmtree(self._root / "opened" / artifact_id, ignore_errors=True)
             needed = self._manifests.entries()
             with storage_errors(f"cannot delete the files of artifact {artifact_id[:12]}…"):
                 for entry in manifest.files:
@@ -224,6 +229,27 @@ class Store:
             raise NotFound(f"file {sha256[:12]}… is not (completely) on this board", "push its artifact first")
         return path
 
+    def model_path(self, artifact_id: str) -> Path:
+        """The artifact's first file, which its engine opens, with the others beside it under the manifest's names.
+
+        Hard links, because ONNX Runtime follows no symbolic ones out of a folder; whoever loads the files hashes them first.
+        Raises NotFound when a file is not here.
+        """
+        manifest = self.manifest(artifact_id)
+        paths = {entry.path: self.file_path(entry.sha256) for entry in manifest.files}
+        first = manifest.files[0].path
+        if len(paths) == 1:
+            return paths[first]
+        folder = self._root / "opened" / artifact_id
+        with self._lock, storage_errors(f"cannot lay out artifact {artifact_id[:12]}…"):
+            folder.mkdir(exist_ok=True)
+            for name, path in paths.items():
+                link = folder / name
+                if not (link.exists() and link.samefile(path)):
+                    link.unlink(missing_ok=True)
+                    link.hardlink_to(path)
+        return folder / first
+
     def verify_file(self, sha256: str, progress: Callable[[int], None] | None = None) -> Path:
         """Reads the file again and compares its sha256; returns its path. Right before a load: bits rot.
 
@@ -239,6 +265,7 @@ class Store:
             for artifact_id, manifest in self._manifests.complete.items():
                 if any(entry.sha256 == sha256 for entry in manifest.files):
                     self._manifests.demote(artifact_id)
+                    shutil.rmtree(self._root / "opened" / artifact_id, ignore_errors=True)
             path.replace(self._root / "quarantine" / sha256)
             synchronise_folder(path.parent)
         raise DigestMismatch(

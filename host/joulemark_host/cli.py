@@ -70,14 +70,16 @@ def host(
 
 @app.command()
 def publish(
-    things: Annotated[list[str], typer.Argument(help="GGUF files, names of known models, names of tasks.")],
+    things: Annotated[
+        list[str], typer.Argument(help="GGUF files, folders of exported artifacts, known models, tasks.")
+    ],
     data: DataOption = DEFAULT_DATA,
     name: Annotated[str | None, typer.Option(help="Name of the (one) model; default: its file name.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Put models and task packs on the host's shelf. Publishing again changes nothing.
 
-    Example: joulemark publish model-q4_k_m.gguf arc_challenge gsm8k_cot
+    Example: joulemark publish model-q4_k_m.gguf exported/smollm2-gptq4 arc_challenge gsm8k_cot
     """
     from joulemark import sources
     from joulemark_host.publishing import publish_model, publish_task, task_names
@@ -100,7 +102,10 @@ def publish(
 
 @app.command()
 def push(
-    model: Annotated[str, typer.Argument(help="A published model (name, name:quantization or id) or a GGUF file.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A published model (name, name:quantization or id), a GGUF file or an artifact's folder."),
+    ],
     task: Annotated[str, typer.Option(help="Tasks to bring too, separated by commas.")] = "",
     agent: AgentOption = DEFAULT_AGENT,
     data: DataOption = DEFAULT_DATA,
@@ -123,7 +128,10 @@ def push(
 
 @app.command(name="run")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A published model (name, name:quantization or id) or a GGUF file.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A published model (name, name:quantization or id), a GGUF file or an artifact's folder."),
+    ],
     task: Annotated[str, typer.Option(help="Tasks, separated by commas.")] = "arc_challenge",
     agent: AgentOption = DEFAULT_AGENT,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first documents of each task.")] = None,

@@ -99,12 +99,12 @@ class AgentClient:
         answer = self._ask("POST", "/api/artifacts", content=canonical_json(manifest)).content
         missing = _parsed(_Announced, answer).missing
         if missing and not self._pulled(artifact_id, progress):
-            total = sum(entry.size_bytes for entry in manifest.files if entry.sha256 in missing)
+            entries = {entry.sha256: entry for entry in manifest.files if entry.sha256 in missing}
+            total = sum(entry.size_bytes for entry in entries.values())
             before = 0
-            for entry in manifest.files:
-                if entry.sha256 in missing:
-                    self._upload(entry.sha256, file(entry.sha256), before, total, progress)
-                    before += entry.size_bytes
+            for entry in entries.values():
+                self._upload(entry.sha256, file(entry.sha256), before, total, progress)
+                before += entry.size_bytes
         return len(missing)
 
     def push_pack(self, pack_id: str, body: bytes) -> None:

@@ -63,6 +63,30 @@ class Shelf:
         if not self._has(entry):
             self._copy(path, entry, lambda done: report(size + done))
         report(2 * size)
+        return self._list(manifest)
+
+    def publish_folder(self, folder: Path, progress: Callable[[int, int], None] | None = None) -> tuple[str, Manifest]:
+        """Copies an exported artifact onto the shelf; its id stays what it was, and a second time changes nothing.
+
+        Raises NotFound for a folder without a manifest, BadInput or DigestMismatch for files that are not what it says, NoSpace.
+        """
+        manifest = artifact.verify(folder)
+        total, before = sum(entry.size_bytes for entry in manifest.files), 0
+        for entry in manifest.files:
+            start = before
+
+            def report(done: int, start: int = start) -> None:
+                if progress is not None:
+                    progress(start + done, total)
+
+            if not self._has(entry):
+                self._copy(folder / entry.path, entry, report)
+            before += entry.size_bytes
+            report(entry.size_bytes)
+        return self._list(manifest)
+
+    def _list(self, manifest: Manifest) -> tuple[str, Manifest]:
+        """The last step: an artifact that is listed is complete."""
         artifact_id = content_id(manifest)
         self._write(self._manifest_path(artifact_id), canonical_json(manifest))
         return artifact_id, manifest

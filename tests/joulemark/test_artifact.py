@@ -161,3 +161,11 @@ def test_a_manifest_cannot_name_a_file_outside(manifest: Manifest, tmp_path: Pat
         artifact.read_manifest(tmp_path)
     with pytest.raises(NotFound):
         artifact.read_manifest(tmp_path / "none")
+
+
+def test_two_files_of_a_manifest_have_two_names(manifest: Manifest, tmp_path: Path) -> None:
+    twice = manifest.model_dump()
+    twice["files"] = (*twice["files"], {**twice["files"][0], "sha256": "0" * 64})
+    (tmp_path / "manifest.json").write_bytes(canonical_json(twice))
+    with pytest.raises(BadInput, match="same name"):
+        artifact.read_manifest(tmp_path)

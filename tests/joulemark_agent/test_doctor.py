@@ -48,7 +48,7 @@ def ask(
 
 
 AREAS = {
-    "machine", "cores", "memory", "swap", "memory bandwidth", "governor", "engine llama.cpp", "sensor contention",
+    "machine", "cores", "memory", "swap", "memory bandwidth", "governor", "engine llama.cpp", "engine onnxruntime", "sensor contention",
     "sensor cpu", "sensor memory", "sensor rapl", "sensor replay", "sensor thermal", "sensor throttle", "energy",
     "contention", "pressure stall information", "clock", "disk",
 }  # fmt: skip
@@ -65,6 +65,7 @@ def test_a_bare_board_is_answered_in_every_area(tmp_path: Path) -> None:
         "memory bandwidth": "ok",
         "governor": "unknown",
         "engine llama.cpp": "ok",
+        "engine onnxruntime": "ok",
         "sensor contention": "ok",
         "sensor cpu": "unknown",
         "sensor memory": "ok",
@@ -166,7 +167,7 @@ def raising(error: Exception) -> Callable[[str], str]:
             raising(
                 subprocess.CalledProcessError(1, "python", stderr="x\nModuleNotFoundError: No module named 'llama_cpp'")
             ),
-            "problem",
+            "warning",
             "not installed",
         ),
         (raising(subprocess.CalledProcessError(-4, "python", stderr="")), "problem", "signal 4"),
@@ -181,9 +182,11 @@ def raising(error: Exception) -> Callable[[str], str]:
 def test_engines_that_do_not_answer_well(
     tmp_path: Path, run_child: Callable[[str], str], status: str, words: str
 ) -> None:
-    found = ask(plant(tmp_path, BARE), tmp_path, run_child=run_child)["engine llama.cpp"]
-    assert found.status == status
-    assert words in found.text
+    found = ask(plant(tmp_path, BARE), tmp_path, run_child=run_child)
+    for engine in ("engine llama.cpp", "engine onnxruntime"):
+        assert found[engine].status == status
+        assert words in found[engine].text
+    assert found["engines"].status == "problem"
 
 
 def test_a_real_child_gives_its_output_or_its_end() -> None:

@@ -1,9 +1,9 @@
 """The scorer against transformers on the same (dequantised) weights, item by item.
 
-On float32 weights the two engines must agree to 1e-3 per token and choose alike: shown on a tiny model, and on SmolLM2 with its
-Q4_1 weights written out as float32. On the Q4_1 file itself they cannot: llama.cpp rounds activations to eight bits. There the choices
-must be equal on 97 % of the ARC items, and the score within one standard error. The share is close to 97 % (1138 of all 1172), so a
-hundred items would decide by luck: 94 to 99 of a hundred are equal, depending on the processor and on how they are batched.
+On float32 weights the engines must agree to 1e-3 per token and choose alike: shown on a tiny model, and on SmolLM2 with its Q4_1 weights
+written out as float32, once as GGUF and once as an ONNX graph. On the Q4_1 file itself they cannot: llama.cpp rounds activations to eight
+bits. There the choices must be equal on 97 % of the ARC items, and the score within one standard error. The share is close to 97 % (1138 of
+all 1172), so a hundred items would decide by luck: 94 to 99 of a hundred are equal, depending on the processor and on how they are batched.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from joulemark import documents, packs, sources
 from joulemark.grading import Outcome
 from joulemark.lmeval import standard_error
 from joulemark.wire import PackItem
-from joulemark_agent.backends import Options, ScoreRequest
+from joulemark_agent.backends import Options, ScoreRequest, Session, onnx
 from joulemark_agent.backends.llamacpp import LlamaSession, open_session
 from tests.fixtures.tiny_models import write_llama
 
@@ -104,7 +104,7 @@ class Arc:
     items: Sequence[PackItem]
     expected: Sequence[list[list[float]]]
 
-    def compare(self, session: LlamaSession, count: int) -> tuple[int, list[float], tuple[list[float], list[float]]]:
+    def compare(self, session: Session, count: int) -> tuple[int, list[float], tuple[list[float], list[float]]]:
         """The scorer on the first `count` items: choices (acc_norm) that are equal; per choice, the difference of its log-probability over
         its number of tokens; both sides' scores."""
         items = self.items[:count]
@@ -161,6 +161,28 @@ def test_on_its_dequantised_weights_smollm2_is_transformers(arc: Arc, dequantise
     print(
         f"float32: acc_norm choices equal: {equal}/{EXACT_ITEMS}, largest |Δ log p| of a choice per token {max(differences):.1e}"
     )
+    assert equal == EXACT_ITEMS
+    assert max(differences) < 1e-3
+
+
+@pytest.fixture
+def graph(smollm2: Path, tmp_path: Path) -> Iterator[Path]:
+    """The same weights as an ONNX graph in float32, written by the exporter; half a gigabyte, gone after the test."""
+    from joulemark_exporter import models
+    from tests.fixtures import tiny_graphs
+
+    path = tiny_graphs.write_of(models.open_model(str(smollm2), tmp_path), tmp_path / "graph")
+    yield path
+    path.unlink()
+
+
+@pytest.mark.model
+@pytest.mark.timeout(1500)
+def test_as_a_graph_smollm2_is_transformers(arc: Arc, graph: Path) -> None:
+    session = onnx.open_session(graph, Options(threads=2, model_sha256="0" * 64))
+    equal, differences, _ = arc.compare(session, EXACT_ITEMS)
+    session.close()
+    print(f"graph: acc_norm choices equal: {equal}/{EXACT_ITEMS}, largest |Δ log p| per token {max(differences):.1e}")
     assert equal == EXACT_ITEMS
     assert max(differences) < 1e-3
 

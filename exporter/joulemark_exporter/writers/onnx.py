@@ -74,7 +74,7 @@ def check(task: Task, options: Options, form: IntegerForm | None) -> None:
 
 def write(task: Task, choices: Choices, folder: Path, options: Options) -> Written:
     """See the contract."""
-    _write_tokenizer(task, folder)
+    write_tokenizer(task, folder)
     path, about = folder / "model.onnx", facts(task, choices, options)
     task.say("writing the graph", 0, 1)
     integers = options.precision.startswith("int")
@@ -169,7 +169,7 @@ def _end_tokens(task: Task) -> list[int]:
     return sorted(found)
 
 
-def _write_tokenizer(task: Task, folder: Path) -> None:
+def write_tokenizer(task: Task, folder: Path) -> None:
     """The tokenizer as transformers uses it, in the one file that the board's library reads, and the template in its settings."""
     from transformers import AutoTokenizer
 
