@@ -36,6 +36,7 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command(_AGENT, "agent", "what this machine has, what it lacks, and what to do about it"),
     "agent": Command(_AGENT, "agent", "serve this board: take models and tasks, run them, report"),
     "export": Command(_EXPORTER, "export", "turn a model into a verified artifact: fold, quantize, write, verify"),
+    "adapter": Command(_EXPORTER, "export", "write a LoRA adapter as a GGUF file for hot-swapping"),
     "host": Command(_HOST, "host", "serve artifacts, take records, draw the grid"),
     "publish": Command(_HOST, "host", "put a model or task packs on the host's shelf"),
     "push": Command(_HOST, "host", "bring a published artifact to a board"),

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 
 from joulemark.errors import BadInput
+from joulemark_exporter import lora
 from joulemark_exporter.families import find
 from joulemark_exporter.lora import Adapter, Delta
 from joulemark_exporter.weights import Model
@@ -20,7 +21,8 @@ ALPHA = 1.0
 
 
 def write(path: Path, adapter: Adapter, model: Model) -> None:
-    """Writes the adapter for a base in GGUF. Raises BadInput for what llama.cpp's adapters cannot hold."""
+    """Writes the adapter for a base in GGUF. Raises BadInput for what llama.cpp's adapters cannot hold, and for those of another base."""
+    lora.check(model, adapter)
     family = find(model.model_type)
     if not family.gguf:
         raise BadInput(
@@ -33,7 +35,8 @@ def write(path: Path, adapter: Adapter, model: Model) -> None:
         )
     known = family.matrices(model.config)
     places = {tensor.name: tensor.placement for tensor in family.tensors(model.config)}
-    writer = gguf.GGUFWriter(path, family.gguf)
+    temporary = path.with_name(f".{path.name}.part")
+    writer = gguf.GGUFWriter(temporary, family.gguf)
     writer.add_string("general.type", "adapter")
     writer.add_name(adapter.name)
     writer.add_string("adapter.type", "lora")
@@ -55,6 +58,7 @@ def write(path: Path, adapter: Adapter, model: Model) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    temporary.replace(path)
 
 
 def _scaled(delta: Delta) -> np.ndarray:

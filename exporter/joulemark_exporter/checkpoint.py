@@ -21,7 +21,7 @@ from joulemark.artifact import hash_file
 from joulemark.errors import BadInput, NotFound
 from joulemark_exporter import configuration, packing
 from joulemark_exporter.families import HEAD, Config, Family, Tensor, find
-from joulemark_exporter.group_quantized import GroupQuantized
+from joulemark_exporter.group_quantized import GroupQuantized, IntegerForm
 from joulemark_exporter.weights import Float32, Model, Weight
 
 INDEX = "model.safetensors.index.json"
@@ -193,9 +193,22 @@ def _gptq_weight(item: Tensor, parts: Mapping[str, Stored | None], settings: _Gp
     load = functools.partial(_integers, item, present, settings)
 
     def read(start: int, stop: int) -> Float32:
-        return np.ascontiguousarray(load().dequantize()[start:stop])
+        values = load().dequantize()
+        return np.ascontiguousarray((values.T if _turned(item) else values)[start:stop])
 
-    return Weight(item.name, item.shape, f"GPTQ{settings.bits}", read, load)
+    form = IntegerForm(
+        settings.bits, settings.group_size, settings.symmetric, _contiguous(present.get("g_idx"), settings.group_size)
+    )
+    return Weight(item.name, item.shape, f"GPTQ{settings.bits}", read, load, form)
+
+
+def _contiguous(stored: Stored | None, group_size: int) -> bool:
+    """Whether groups are neighbouring columns: act-order leaves them scattered."""
+    if stored is None or group_size == -1:
+        return True
+    with safe_open(stored.path, framework="numpy") as file:
+        groups = file.get_tensor(stored.key)
+    return bool(np.array_equal(groups, np.arange(len(groups)) // group_size))
 
 
 def _integers(item: Tensor, parts: Mapping[str, Stored], settings: _Gptq) -> GroupQuantized:
@@ -210,8 +223,15 @@ def _integers(item: Tensor, parts: Mapping[str, Stored], settings: _Gptq) -> Gro
         symmetric=settings.symmetric,
         checkpoint_format=settings.version,
     )
-    if matrix.shape != item.shape:
+    wanted = tuple(reversed(item.shape)) if _turned(item) else item.shape
+    if matrix.shape != wanted:
         raise BadInput(
-            f"{item.name} has shape {matrix.shape}, config.json implies {item.shape}", "they belong to different models"
+            f"{item.name} has {matrix.shape} outputs and inputs, config.json implies {wanted}",
+            "they belong to different models",
         )
     return matrix
+
+
+def _turned(item: Tensor) -> bool:
+    """Whether the class stores the matrix with inputs as rows (Conv1D); integers always have outputs as rows."""
+    return item.placement is not None and item.placement.transpose

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from joulemark.errors import BadInput, MissingExtra
+from joulemark.errors import BadInput, Conflict, MissingExtra
 from joulemark.sources import default_cache
 
 if TYPE_CHECKING:
@@ -59,19 +60,22 @@ def export(
         list[str] | None,
         typer.Option("--adapter", "-a", help="a PEFT folder to fold in, PATH or PATH=SCALE; may be repeated"),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="also write the model as a Hugging Face folder here: folded, and with the integers in GPTQ's layout where there are some"
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="processor cores to use")] = len(
         os.sched_getaffinity(0)
     ),
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
     """Turn a model into one verified artifact: fold adapters, quantize, write, look at it through the board's engine, publish."""
-    try:
-        from joulemark_exporter import pipeline
-        from joulemark_exporter import recipe as recipes
-    except ImportError as error:
-        raise MissingExtra(
-            f"the exporter needs a part that is not installed ({error})", "make install-export"
-        ) from error
+    _require_parts()
+    from joulemark_exporter import pipeline
+    from joulemark_exporter import recipe as recipes
+
     chosen = recipes.read(recipe)
     name = chosen.name or recipe.stem
     request = pipeline.Request(
@@ -81,6 +85,7 @@ def export(
         cache=default_cache(),
         threads=threads,
         adapters=tuple(_adapter(words) for words in adapter or ()),
+        checkpoint=None if checkpoint is None else checkpoint.resolve(),
     )
     with _progress(quiet=as_json) as say:
         exported = pipeline.export(request, say)
@@ -88,6 +93,26 @@ def export(
         sys.stdout.write(json.dumps({"folder": str(exported.folder), **exported.report}, indent=1) + "\n")
         return
     _show(exported)
+
+
+@app.command()
+def adapter(
+    folder: Annotated[Path, typer.Argument(help="a PEFT folder")],
+    base: Annotated[str, typer.Option("--base", "-b", help="the model that it was trained for, as in export")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the .gguf file to write")],
+) -> None:
+    """Write a LoRA adapter as a GGUF file of its own, so that llama.cpp can put it on a running model and take it off again.
+
+    Example: joulemark adapter my-lora --base smollm2-folder -o my-lora.gguf
+    """
+    _require_parts()
+    from joulemark_exporter import adapter_gguf, lora, models
+
+    if out.exists():
+        raise Conflict(f"{out} exists", "choose another -o, or remove that file")
+    chosen = lora.read_adapter(folder.expanduser())
+    adapter_gguf.write(out, chosen, models.open_model(base, default_cache()))
+    typer.echo(f"{out}: {len(chosen.deltas)} matrices changed by {chosen.name}")
 
 
 def _adapter(words: str) -> tuple[Path, float]:
@@ -98,6 +123,16 @@ def _adapter(words: str) -> tuple[Path, float]:
         return Path(path), float(scale)
     except ValueError as error:
         raise BadInput(f"--adapter {words}: {scale!r} is not a number", "write PATH or PATH=SCALE") from error
+
+
+def _require_parts() -> None:
+    """Raises MissingExtra where the exporter's libraries are not installed."""
+    try:
+        importlib.import_module("joulemark_exporter.pipeline")
+    except ImportError as error:
+        raise MissingExtra(
+            f"the exporter needs a part that is not installed ({error})", "make install-export"
+        ) from error
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from joulemark import durable
 from joulemark.errors import BadInput, Conflict
 from joulemark_exporter import configuration, packing
-from joulemark_exporter.quantizers import Choice, Choices, IntegerForm, Integers
+from joulemark_exporter.quantizers import Choice, Choices, IntegerForm, Integers, Task, grouped, inputs, outputs
 from joulemark_exporter.weights import Model
 
 SHARD_BYTES = 2 << 30
@@ -60,6 +60,16 @@ def write(
         if (model.folder / name).is_file():
             shutil.copyfile(model.folder / name, temporary / name)
     temporary.rename(folder)
+
+
+def check(task: Task, form: IntegerForm | None) -> None:
+    """That the layout holds such integers. Raises BadInput before anything is computed."""
+    if form is None:
+        return
+    for name, linear in grouped(task, form.group_size):
+        packing.check_gptq(
+            name, outputs(task.model.weights[name], linear), inputs(task.model.weights[name], linear), form.bits
+        )
 
 
 def _shards(model: Model, choices: Mapping[str, Choice], type_name: str) -> Iterator[dict[str, NDArray[Any]]]:

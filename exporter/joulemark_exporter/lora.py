@@ -197,13 +197,7 @@ def fold(model: Model, adapters: Sequence[tuple[Adapter, float]]) -> Model:
     by_weight: dict[str, list[Delta]] = {}
     replaced: dict[str, Weight] = {}
     for adapter, scale in adapters:
-        if len(adapter.untrained) == len(adapter.deltas) and not adapter.replaced:
-            raise BadInput(
-                f"the adapter {adapter.name} is untrained: every B is zero",
-                "folding it would change nothing; is it the right folder?",
-            )
-        for delta in adapter.deltas:
-            name = _check(model, adapter, delta)
+        for name, delta in check(model, adapter):
             by_weight.setdefault(name, []).append(replace(delta, scale=delta.scale * scale))
         for name, values in adapter.replaced.items():
             if name in replaced:
@@ -217,6 +211,16 @@ def fold(model: Model, adapters: Sequence[tuple[Adapter, float]]) -> Model:
     }
     steps = tuple((f"adapter {adapter.name} × {scale:g}", adapter.sha256) for adapter, scale in adapters)
     return replace(model, weights={**model.weights, **changed}, lineage=(*model.lineage, *steps))
+
+
+def check(model: Model, adapter: Adapter) -> list[tuple[str, Delta]]:
+    """The weight that each change belongs to. Raises BadInput for an adapter of another base, or that changes nothing."""
+    if len(adapter.untrained) == len(adapter.deltas) and not adapter.replaced:
+        raise BadInput(
+            f"the adapter {adapter.name} is untrained: every B is zero",
+            "it would change nothing; is it the right folder?",
+        )
+    return [(_check(model, adapter, delta), delta) for delta in adapter.deltas]
 
 
 def _check(model: Model, adapter: Adapter, delta: Delta) -> str:

@@ -94,11 +94,7 @@ def _join(*parts: NDArray[Any]) -> Bytes:
 def to_gptq(matrix: GroupQuantized, checkpoint_format: str = "gptq") -> dict[str, NDArray[Any]]:
     """The four tensors of a matrix. Raises BadInput where 32-bit words cannot hold whole rows or columns."""
     rows, columns = matrix.shape
-    for what, count in (("columns", columns), ("rows", rows)):
-        if count * matrix.bits % 32 or (count % 32 and matrix.bits == 3):
-            raise BadInput(
-                f"{count} {what} of {matrix.bits} bits do not fill 32-bit words", "this matrix must stay unquantized"
-            )
+    check_gptq("a matrix", rows, columns, matrix.bits)
     zeros = matrix.zeros.astype(np.uint8)
     if checkpoint_format == "gptq":
         zeros = (zeros - np.uint8(1)) & np.uint8((1 << matrix.bits) - 1)
@@ -109,6 +105,16 @@ def to_gptq(matrix: GroupQuantized, checkpoint_format: str = "gptq") -> dict[str
         "scales": matrix.scales.T.copy(),
         "g_idx": np.arange(columns, dtype=np.int32) // np.int32(matrix.group_size) if groups is None else groups,
     }
+
+
+def check_gptq(name: str, rows: int, columns: int, bits: int) -> None:
+    """Raises BadInput where 32-bit words cannot hold whole rows or columns."""
+    for what, count in (("columns", columns), ("rows", rows)):
+        if count * bits % 32 or (count % 32 and bits == 3):
+            raise BadInput(
+                f"{name} has {count} {what}: of {bits} bits they do not fill 32-bit words",
+                "GPTQ checkpoints cannot hold it: use other bits, or leave the checkpoint out",
+            )
 
 
 def from_gptq(
@@ -141,7 +147,7 @@ def from_gptq(
     if not np.isfinite(halves).all():
         raise BadInput("a scale is NaN or infinite", "the checkpoint is damaged")
     column_groups = _column_groups(tensors.get("g_idx"), columns, size, groups)
-    return GroupQuantized(bits, size, centred, integers, np.ascontiguousarray(halves.T), zeros, column_groups)
+    return GroupQuantized(bits, size, symmetric, integers, np.ascontiguousarray(halves.T), zeros, column_groups)
 
 
 def _column_groups(stored: NDArray[Any] | None, columns: int, size: int, groups: int) -> NDArray[np.int32] | None:

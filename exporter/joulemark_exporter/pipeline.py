@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import shutil
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +28,7 @@ import numpy as np
 from joulemark import __version__, artifact, durable, plugins
 from joulemark.errors import BadInput, Conflict, DigestMismatch, MissingExtra, NotFound
 from joulemark.wire import FileEntry, Manifest, Origin, Step, canonical_json, content_id
-from joulemark_exporter import calibration, families, lora, models, recipe, texts, verify
+from joulemark_exporter import calibration, families, hub_folder, lora, models, recipe, texts, verify
 from joulemark_exporter.probe import opened
 from joulemark_exporter.quantizers import Choices, Task
 from joulemark_exporter.recipe import Recipe
@@ -52,6 +53,8 @@ class Request:
     cache: Path
     threads: int
     adapters: tuple[tuple[Path, float], ...] = ()
+    checkpoint: Path | None = None
+    """Where the same model also goes as a Hugging Face folder; it must not exist."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,16 @@ def export(request: Request, say: Say) -> Exported:
     calibrated = quantizer.calibrated(chosen.quantizer)
     origin = _origin(request, model, calibrated, writer.tools(chosen.writer))
     there = _already_there(request, origin)
-    if there is not None:
+    if there is not None and request.checkpoint is None:
         return there
+    if request.checkpoint is not None and request.checkpoint.exists():
+        raise Conflict(f"{request.checkpoint} exists", "choose another folder, or remove that one")
     with _working_folder(request, origin) as work:
         task = _task(request, model, work, say)
-        writer.check(task, chosen.writer, quantizer.check(task, chosen.quantizer))
+        form = quantizer.check(task, chosen.quantizer)
+        writer.check(task, chosen.writer, form)
+        if request.checkpoint is not None:
+            hub_folder.check(task, form)
         probe = calibration.windows(model, probe_text(request), chosen.probe.windows, chosen.probe.tokens, None)
         # A first look, as if a weight took a byte: once written, once published. The writer knows better when types are chosen.
         artifact.check_space(request.out.parent, sum(2 * weight.size for weight in model.weights.values()))
@@ -88,6 +96,10 @@ def export(request: Request, say: Say) -> Exported:
             written: Written = writer.write(task, choices, folder, chosen.writer)
             manifest = _manifest(task, writer, choices, written, origin)
             findings = _verify(request, task, writer.read_back(task, choices, written), written, manifest, probe)
+            if request.checkpoint is not None:
+                say("writing the checkpoint", 0, 1)
+                hub_folder.write(model, request.checkpoint, choices, form, _stored(model))
+                say("writing the checkpoint", 1, 1)
             return _publish(request, written, manifest, findings, probe)
 
 
@@ -160,6 +172,12 @@ def _locked(request: Request) -> Generator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _stored(model: Model) -> str:
+    """The type that most of a checkpoint's floats have."""
+    types = Counter(weight.stored for weight in model.weights.values() if weight.stored in hub_folder.TYPES)
+    return types.most_common(1)[0][0] if types else "F32"
 
 
 @contextmanager

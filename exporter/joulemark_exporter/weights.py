@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from joulemark_exporter.group_quantized import GroupQuantized
+from joulemark_exporter.group_quantized import GroupQuantized, IntegerForm
 
 Float32 = NDArray[np.float32]
 
@@ -31,6 +31,8 @@ class Weight:
     read: Callable[[int, int], Float32]
     integers: Callable[[], GroupQuantized] | None = None
     """Of a group-quantized source the integers themselves (rows are outputs), so that they can be repacked without a second rounding."""
+    form: IntegerForm | None = None
+    """What kind of integers those are."""
 
     @property
     def size(self) -> int:

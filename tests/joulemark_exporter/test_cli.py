@@ -15,13 +15,15 @@ from tests.fixtures import hub_models
 from tests.fixtures.exporting import CALIBRATION, train
 
 
-def run(*words: str | Path, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *words: str | Path, code: str = "", verb: str = "export", **environment: str
+) -> subprocess.CompletedProcess[str]:
     start = (
         ["-c", f"{code}\nimport sys\nfrom joulemark.__main__ import main\nsys.exit(main())"]
         if code
         else ["-m", "joulemark"]
     )
-    command = [sys.executable, *start, "export", *map(str, words)]
+    command = [sys.executable, *start, verb, *map(str, words)]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "100", **environment}
     )
@@ -115,3 +117,43 @@ def test_a_hub_id_without_a_hub(base: Path) -> None:
     assert shown.returncode == 1
     assert "could not be fetched" in shown.stderr
     assert "Traceback" not in shown.stderr
+
+
+def test_an_adapter_of_its_own(base: Path) -> None:
+    train(base / "base", base / "adapter", "llama")
+    words = (base / "adapter", "--base", base / "base", "--out", base / "adapter.gguf")
+    shown = run(*words, verb="adapter")
+    assert shown.returncode == 0 and "21 matrices" in shown.stdout, shown.stderr
+    assert (base / "adapter.gguf").read_bytes()[:4] == b"GGUF"
+    again = run(*words, verb="adapter")
+    assert again.returncode == 1 and "exists" in again.stderr
+    hub_models.write(base / "other", "llama", hidden_size=128)
+    wrong = run(base / "adapter", "--base", base / "other", "--out", base / "wrong.gguf", verb="adapter")
+    assert wrong.returncode == 1 and "another base model" in wrong.stderr, wrong.stderr
+    assert not list(base.glob("*wrong*"))
+
+
+def test_the_same_model_for_other_tools(base: Path) -> None:
+    words = (
+        base / "base",
+        "--recipe",
+        base / "recipe.toml",
+        "--out",
+        base / "out",
+        "--checkpoint",
+        base / "checkpoint",
+    )
+    shown = run(*words)
+    assert shown.returncode == 0, shown.stderr
+    config = json.loads((base / "checkpoint" / "config.json").read_bytes())
+    assert config["quantization_config"]["bits"] == 4
+    again = run(*words)
+    assert again.returncode == 1 and "exists" in again.stderr
+    # And back: its integers go into an artifact as they are, in either format.
+    for number, more in enumerate(("", "[writer]\nuse = 'onnx'\nprecision = 'int4'\naccuracy_level = 1\n")):
+        text = f"[quantizer]\nuse = 'none'\nembedding = 'Q8_0'\n{CALIBRATION}{more}"
+        (base / "keep.toml").write_text(text)
+        kept = run(base / "checkpoint", "--recipe", base / "keep.toml", "--out", base / f"kept{number}", "--json")
+        assert kept.returncode == 0, kept.stderr
+        assert json.loads(kept.stdout)["findings"]["divergence"] < 1e-3
+        assert artifact.verify(base / f"kept{number}").quantization == "GPTQ-4-g32"

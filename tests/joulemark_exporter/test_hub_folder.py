@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from joulemark.errors import Conflict
 from joulemark_exporter import checkpoint, configuration, hub_folder
-from joulemark_exporter.quantizers import Integers, rtn
+from joulemark_exporter.quantizers import Integers, none, rtn
 from tests.fixtures import hub_models
 from tests.fixtures.exporting import WINDOW, task
 
@@ -49,10 +49,12 @@ def test_rotary_settings_are_written_for_both_generations(settings: dict[str, An
     assert (config["rope_scaling"] is None) == (settings["rope_type"] == "default")
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_gptq_s_integers_come_back(symmetric: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("family", "symmetric"), [("llama", True), ("llama", False), ("gpt2", True)])
+def test_gptq_s_integers_come_back(
+    family: str, symmetric: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hub_folder, "SHARD_BYTES", 60_000)
-    hub_models.write(tmp_path / "model", "llama")
+    hub_models.write(tmp_path / "model", family)
     given = task(tmp_path / "model", tmp_path)
     options = rtn.Options(symmetric=symmetric)
     choices = rtn.quantize(given, options)
@@ -60,14 +62,22 @@ def test_gptq_s_integers_come_back(symmetric: bool, tmp_path: Path, monkeypatch:
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     found = checkpoint.open_folder(tmp_path / "out")
     integers = 0
+    kept = none.quantize(dataclasses.replace(given, model=found), none.Options()).by_name
+    turned = given.family.matrices(given.model.config)
     for name, choice in choices.by_name.items():
         if isinstance(choice, Integers):
             integers += 1
             expected, back = choice.load(), found.weights[name].integers
             assert back is not None
+            values = expected.dequantize()
+            assert np.array_equal(found.weights[name].whole(), values.T if turned[name].transposed else values)
+            assert found.weights[name].form == dataclasses.replace(options.form(), embedding="Q8_0")
+            assert isinstance(kept[name], Integers)
             for part in ("integers", "scales", "zeros"):
                 assert np.array_equal(getattr(back(), part), getattr(expected, part))
-    assert integers == 3 * 7
+    assert integers == len(turned)
+    if family != "llama":
+        return
     norm = "model.layers.0.input_layernorm.weight"
     assert np.array_equal(
         found.weights[norm].whole(), given.model.weights[norm].whole().astype(np.float16).astype(np.float32)

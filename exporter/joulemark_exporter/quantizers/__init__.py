@@ -119,6 +119,11 @@ def inputs(weight: Weight, linear: Linear) -> int:
     return weight.shape[0] if linear.transposed else weight.shape[1]
 
 
+def outputs(weight: Weight, linear: Linear) -> int:
+    """Rows of the matrix with rows as outputs."""
+    return weight.shape[1] if linear.transposed else weight.shape[0]
+
+
 def outputs_first(weight: Weight, linear: Linear) -> Float32:
     """The whole matrix, (outputs, inputs) whatever the checkpoint's order."""
     values = weight.whole()
