@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := agent exporter host deploy tests
 
-.PHONY: demo test bench install install-export install-test lint types imports clean
+.PHONY: demo test bench study install install-export install-test lint types imports clean
 
 demo: $(VENV)/.installed
 	$(BIN)/joulemark demo --out demo-output
@@ -15,6 +15,9 @@ test: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m tests.bench
+
+study: $(VENV)/.installed-test
+	$(BIN)/python -m tests.study
 
 install: $(VENV)/.installed
 install-export: $(VENV)/.installed-export
@@ -53,4 +56,4 @@ imports: $(VENV)/.installed-test
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) demo-output build dist
+	rm -rf $(VENV) demo-output study-output build dist

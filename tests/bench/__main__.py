@@ -1,7 +1,8 @@
 """`make bench`: the speeds that the product promises, as ratios from one run on one machine. Exit status 1 when one falls short.
 
 Each figure sets the product against the barest loop that does the same work; the two sides take turns in slices of seconds, and the median
-of the pairs' ratios counts. Needs a quiet machine: the first lines say how busy it was. Not part of the tests. Takes about ten minutes.
+of the pairs' ratios counts. Needs a quiet machine: the first lines say how busy it was. Not part of the tests. Takes about forty minutes,
+half of them for the exporter's figures; `--only` takes parts.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from joulemark_agent.backends.llamacpp import LlamaSession
 from joulemark_agent.machine import cpu_model, usable_cores
 from joulemark_agent.planning import common_prefix
 from joulemark_agent.sysfs import Roots
+from tests.bench import engines, exports
 from tests.bench.loops import Batched, Prefill, Stream, counted
 from tests.bench.pairs import Figure, Pairs, take_turns
 from tests.fixtures.agent_process import AgentProcess
@@ -245,6 +247,16 @@ def _sampler() -> Iterator[Callable[[signal.Signals], None]]:
         assert ticks > 2 * SAMPLER_PAIRS, f"the sampler ticked {ticks} times only"
 
 
+def measure_engines(bench: Bench) -> Iterator[Figure]:
+    """ONNX Runtime beside llama.cpp on the same weights, in float32 and in four bits: a finding, which nothing is required of."""
+    with tempfile.TemporaryDirectory(prefix="joulemark-bench-") as folder:
+        for name, sessions in engines.pairs_of_sessions(Path(folder), bench.threads):
+            for work, pairs in engines.compare(sessions, bench.scoring, bench.generating):
+                ours, theirs = pairs.rates()
+                say(f"  {name}, {work}: ONNX Runtime {ours:.1f}, llama.cpp {theirs:.1f} per second")
+                yield pairs.figure(f"{name}, {work}: ONNX Runtime ÷ llama.cpp", 0)
+
+
 PARTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "agent": measure_agent,
     "scorer": measure_scorer,
@@ -252,6 +264,10 @@ PARTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "generation": measure_generation,
     "stream": measure_stream,
     "sampler": measure_sampler,
+    "engines": measure_engines,
+    "large": lambda _: exports.measure_large(say),
+    "gptq": lambda _: exports.measure_gptq(say),
+    "methods": lambda _: exports.measure_methods(say),
 }
 
 

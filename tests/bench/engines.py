@@ -1,0 +1,101 @@
+"""Both engines on the same weights: SmolLM2-135M in float32 and in four bits, as GGUF and as a graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+
+from joulemark import sources
+from joulemark_agent.backends import Choice, GenerateRequest, Options, ScoreRequest, Session, llamacpp, onnx
+from joulemark_exporter import models
+from joulemark_exporter.quantizers import none, rtn
+from joulemark_exporter.writers import gguf
+from joulemark_exporter.writers import onnx as graphs
+from tests.bench.pairs import Pairs, take_turns
+from tests.fixtures.exporting import task_of
+
+QUESTIONS = 8
+ANSWERS = 16
+NEW_TOKENS = 32
+PAIRS = 9
+Sessions = tuple[Session, Session]
+
+
+def pairs_of_sessions(folder: Path, threads: int) -> Iterator[tuple[str, Sessions]]:
+    """(what they hold, (ONNX Runtime, llama.cpp)). Integers are those of round to nearest: the method changes no speed."""
+    cache = sources.default_cache()
+    model = models.open_model(str(sources.fetch("smollm2-135m-instruct-q4_1", cache)), cache)
+    options = Options(threads=threads, model_sha256="0" * 64)
+    for name in ("float32", "four bits"):
+        place = folder / name.replace(" ", "-")
+        place.mkdir()
+        task = task_of(model, place)
+        if name == "float32":
+            chosen, settings = none.quantize(task, none.Options(type="F32")), graphs.Options()
+        else:
+            chosen, settings = rtn.quantize(task, rtn.Options()), graphs.Options(precision="int4")
+        graph = graphs.write(task, chosen, place, settings).files[0]
+        file = gguf.write(task, chosen, place, gguf.Options()).files[0]
+        sessions = onnx.open_session(graph, options), llamacpp.open_session(file, options)
+        yield name, sessions
+        for session in sessions:
+            session.close()
+
+
+def compare(
+    sessions: Sessions, scoring: Sequence[ScoreRequest], generating: Sequence[GenerateRequest]
+) -> Iterator[tuple[str, Pairs]]:
+    """(what is done, rates of both in turns)."""
+    works: dict[str, Callable[[Session], Callable[[], float]]] = {
+        "questions scored": lambda session: _scored(session, scoring),
+        "tokens generated side by side": lambda session: _generated(session, generating),
+        "tokens of a single stream": lambda session: _streamed(session, generating[0].prompt),
+        "tokens of a prompt": lambda session: _read(session, generating[0].prompt),
+    }
+    for name, work in works.items():
+        ours, theirs = map(work, sessions)
+        yield name, take_turns(ours, theirs, PAIRS)
+
+
+def _scored(session: Session, requests: Sequence[ScoreRequest]) -> Callable[[], float]:
+    results = session.score(requests[: QUESTIONS * (PAIRS + 2)])
+
+    def rate() -> float:
+        started = time.perf_counter()
+        return sum(1 for _ in islice(results, QUESTIONS)) / (time.perf_counter() - started)
+
+    return rate
+
+
+def _generated(session: Session, requests: Sequence[GenerateRequest]) -> Callable[[], float]:
+    slices = cycle(requests[start : start + ANSWERS] for start in range(0, len(requests) - ANSWERS, ANSWERS))
+
+    def rate() -> float:
+        asked = [GenerateRequest(item.key, item.prompt, NEW_TOKENS) for item in next(slices)]
+        started = time.perf_counter()
+        return sum(item.new_tokens for item in session.generate(asked)) / (time.perf_counter() - started)
+
+    return rate
+
+
+def _streamed(session: Session, prompt: str) -> Callable[[], float]:
+    def rate() -> float:
+        stream = session.stream(prompt, NEW_TOKENS, Choice())
+        next(stream)
+        started = time.perf_counter()
+        return sum(1 for _ in stream) / (time.perf_counter() - started)
+
+    return rate
+
+
+def _read(session: Session, prompt: str) -> Callable[[], float]:
+    tokens = session.count_tokens(prompt)
+
+    def rate() -> float:
+        started = time.perf_counter()
+        next(iter(session.stream(prompt, 1, Choice())))
+        return tokens / (time.perf_counter() - started)
+
+    return rate
