@@ -154,6 +154,27 @@ def test_a_stream_gives_the_tokens_of_generation(session: Session) -> None:
     assert b"".join(until_end).decode(errors="replace") == generated.text
 
 
+def test_a_stream_and_the_scorer_find_the_same_probabilities(session: Session) -> None:
+    """Token by token behind a memory, or all at once: one model. Only of texts that are tokenized as they were said."""
+    vocabulary: Any = vars(session).get("_model") or vars(session)["_tokenizer"]
+    prompt, compared = "Facts. Facts. Question: how many?", 0
+    for seed in range(400):
+        said = list(session.stream(prompt, 3, Choice(temperature=1.0, seed=seed, logprobs=True)))
+        tokens = [token.token for token in said]
+        try:
+            text = b"".join(token.piece for token in said).decode()
+        except UnicodeDecodeError:
+            continue
+        if vocabulary.tokenize(prompt + text) != [*vocabulary.tokenize(prompt), *tokens]:
+            continue
+        scored = next(iter(session.score([ScoreRequest(0, prompt, (text,))])))
+        assert scored.logprobs[0] == pytest.approx(sum(token.logprob or 0.0 for token in said), abs=1e-3)
+        compared += 1
+        if compared == 3:
+            return
+    raise AssertionError(f"{compared} texts of 400 are tokenized as they were said")
+
+
 def test_a_stop_string_ends_a_sequence_and_is_cut(session: Session) -> None:
     # What random models say is not always text.
     prompts = [f"Once upon a time {index}" for index in range(20)]
