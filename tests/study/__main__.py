@@ -25,7 +25,7 @@ from joulemark import sources
 from joulemark.wire import Measure, RunRecord
 from joulemark_agent.machine import cpu_model
 from joulemark_agent.sysfs import Roots
-from joulemark_exporter import pipeline, recipe
+from joulemark_exporter import models, pipeline, recipe
 from joulemark_host import charts, page
 from joulemark_host.demo import Servers, await_delivery, servers
 from joulemark_host.evaluation import Subject, push, run_task
@@ -53,7 +53,7 @@ EQUAL = "RTN-4"
 
 @dataclass(frozen=True)
 class Form:
-    """One row. `recipe` is its quantizer and writer; of Lo-Bi it is made when the budget is known."""
+    """One row. `recipe` is its quantizer and writer, given how many bytes the matrices of the forms before it take."""
 
     name: str
     recipe: Callable[[Mapping[str, int]], str]
@@ -63,8 +63,8 @@ def _fixed(text: str) -> Callable[[Mapping[str, int]], str]:
     return lambda _: text
 
 
-def _lobi(weight_bytes: Mapping[str, int]) -> str:
-    return f"[quantizer]\nuse = 'lobi'\nbudget_bytes = {weight_bytes[EQUAL]}\n"
+def _lobi(matrix_bytes: Mapping[str, int]) -> str:
+    return f"[quantizer]\nuse = 'lobi'\nbudget_bytes = {matrix_bytes[EQUAL]}\n"
 
 
 FORMS = (
@@ -123,9 +123,11 @@ def export_forms(
 ) -> dict[str, pipeline.Exported]:
     """Exports the forms in their order, those that are there already excepted. `say` is told form, step, how far, of how much."""
     base = str(sources.fetch(MODEL, sources.default_cache()))
+    weights = models.open_model(base, sources.default_cache()).weights.values()
+    vectors = sum(4 * weight.size for weight in weights if len(weight.shape) == 1)
     done: dict[str, pipeline.Exported] = {}
     for form in forms:
-        text = form.recipe({name: item.manifest.weight_bytes for name, item in done.items()})
+        text = form.recipe({name: item.manifest.weight_bytes - vectors for name, item in done.items()})
         chosen = recipe.parse(f"name = 'smollm2-{form.name.lower()}'\n{text}{COMMON}")
         request = pipeline.Request(base, chosen, out / "artifacts" / form.name, sources.default_cache(), threads=2)
         request.out.parent.mkdir(parents=True, exist_ok=True)

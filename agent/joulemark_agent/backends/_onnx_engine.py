@@ -111,7 +111,13 @@ class Graph:
                 code="decode_failed",
             ) from error
         self._beat()
-        return binding.get_outputs()[-1].numpy()
+        logits = binding.get_outputs()[-1].numpy()
+        if logits.shape[-1] != self.facts.vocabulary:
+            raise EngineFailed(
+                f"the graph's logits are of {logits.shape[-1]} tokens, its metadata says {self.facts.vocabulary}",
+                "export the model again",
+            )
+        return logits
 
 
 class Memory:
