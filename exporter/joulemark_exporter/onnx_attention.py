@@ -2,7 +2,7 @@
 
 The operator appends keys and values to the memory in place, where the caller gives it the same buffer as input and output; a graph
 of plain operators copies the whole memory in every layer of every step instead. On SmolLM2-135M in float32 behind 700 positions that is
-21 ms a token against 77 (two cores of a Xeon). What a token may see is the caller's mask, so that several continuations of a prefix can
+21 ms a token against 77 (two cores of an EPYC). What a token may see is the caller's mask, so that several continuations of a prefix can
 stand side by side. Truth: GroupQueryAttention in onnxruntime's ContribOperators.md."""
 
 from __future__ import annotations

@@ -12,13 +12,14 @@ import pytest
 from joulemark import artifact
 from joulemark.errors import BadInput, DigestMismatch
 from joulemark.wire import Manifest, RunRecord, RunSpec
+from joulemark_agent import local_run
 from joulemark_exporter import onnx_graph, pipeline
 from joulemark_host.client import AgentClient
 from joulemark_host.publishing import publish_model
 from joulemark_host.shelf import Shelf
 from tests.fixtures import exporting, hub_models
 from tests.fixtures.agent_process import AgentProcess
-from tests.fixtures.small_world import make_files, make_spec
+from tests.fixtures.small_world import make_files, make_machine, make_spec
 
 WRITERS = {
     "gguf": ("use = 'gptq'", ""),
@@ -77,6 +78,19 @@ def test_it_runs_on_a_board_as_it_was_exported(exported: Path, agent: AgentProce
         json={"model": artifact_id, "messages": [{"role": "user", "content": "wrap"}], "max_tokens": 5},
     )
     assert said.status_code == 200 and said.json()["choices"], said.text
+
+
+def test_it_runs_from_its_folder(exported: Path, agent: AgentProcess, tmp_path: Path) -> None:
+    """`joulemark eval FOLDER` and a board give the same answers."""
+    packs = make_files(tmp_path / "files", 6).packs
+    files = local_run.prepare(exported, packs, None)
+    base = make_spec(files, backend=None)
+    (here,) = local_run.evaluate(files, base, make_machine(), tmp_path / "results", lambda *_: None)
+    artifact_id, _ = bring(agent, exported, Shelf(tmp_path / "shelf"))
+    there = run(agent, artifact_id, tmp_path / "files", "there")
+    assert here.status == there.status == "done", here.problem
+    assert here.spec.artifact_id == artifact_id
+    assert [item.choice_logprobs for item in here.items] == [item.choice_logprobs for item in there.items]
 
 
 def test_every_file_is_looked_at_before_it_is_loaded(exported: Path, agent: AgentProcess, tmp_path: Path) -> None:
