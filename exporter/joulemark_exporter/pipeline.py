@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import json
 import os
-import resource
 import shutil
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -29,6 +28,7 @@ from joulemark import __version__, artifact, durable, plugins
 from joulemark.errors import BadInput, Conflict, DigestMismatch, MissingExtra, NotFound
 from joulemark.wire import FileEntry, Manifest, Origin, Step, canonical_json, content_id
 from joulemark_exporter import calibration, families, hub_folder, lora, models, recipe, texts, verify
+from joulemark_exporter.peak_memory import peak_bytes
 from joulemark_exporter.probe import opened
 from joulemark_exporter.quantizers import Choices, Task
 from joulemark_exporter.recipe import Recipe
@@ -312,7 +312,7 @@ def _publish(
         "weight_bytes": manifest.weight_bytes,
         "findings": asdict(findings),
         "probe": about,
-        "exporter_peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "exporter_peak_memory_bytes": peak_bytes(),
     }
     # The report first: an artifact without one would look as if nobody had looked at it.
     durable.replace_file(_report_path(request), [json.dumps(report, indent=1).encode()])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from joulemark import plugins
 from joulemark.errors import EngineFailed, to_problem
+from joulemark_exporter.peak_memory import peak_bytes
 
 PACKAGE = "joulemark_exporter.engines"
 TAIL_BYTES = 2000
@@ -113,7 +113,7 @@ def _work(session: Any, question: dict[str, Any], shared: Path) -> dict[str, Any
     if "chat_template" in question:
         return {"chat_template": session.chat_template()}
     if "memory" in question:
-        return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        return {"peak_bytes": peak_bytes()}
     values = session.logits(question["logits"])
     values.tofile(shared)
     return {"shape": values.shape}

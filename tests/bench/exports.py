@@ -1,12 +1,11 @@
 """The exporter's figures of `make bench`: memory, time beside llama.cpp's converter, and what the methods gain on a real model.
 
-Work runs in child processes, whose peak of resident memory the kernel counts. Needs 10 GB of disk for a while.
+Work runs in child processes, which say the peak of their resident memory. Needs 10 GB of disk for a while.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -85,6 +84,12 @@ gptq.quantize(task, gptq.Options())
 """
 
 
+SAY_PEAK = """
+from joulemark_exporter.peak_memory import peak_bytes
+print(peak_bytes())
+"""
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a child took."""
@@ -94,17 +99,13 @@ class Cost:
 
 
 def cost(code: str, *words: str | Path) -> Cost:
-    """Runs Python code in a child. Raises CalledProcessError when it fails."""
+    """Runs Python code in a child, which says its peak at its end. Raises CalledProcessError when it fails."""
     started = time.perf_counter()
-    command = [sys.executable, "-c", code, *map(str, words)]
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, stdout=errors, stderr=errors)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            errors.seek(0)
-            raise subprocess.CalledProcessError(process.returncode, command[:2], stderr=errors.read()[-2000:])
-    return Cost(time.perf_counter() - started, used.ru_maxrss * 1024)
+    command = [sys.executable, "-c", code + SAY_PEAK, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, command[:2], stderr=done.stderr[-2000:])
+    return Cost(time.perf_counter() - started, int(done.stdout.split()[-1]))
 
 
 # --- a large checkpoint -----------------------------------------------------------------------------------------------

@@ -109,3 +109,13 @@ def test_an_engine_that_dies_is_an_error_with_its_last_words(tmp_path: Path) -> 
     with probe.opened("llamacpp", tmp_path / "cut.gguf", 1) as session, pytest.raises(EngineFailed, match="refuses"):
         session.tokenize("a")
     assert engine_logits(path, some_tokens(9)).shape == (9, hub_models.VOCABULARY)
+
+
+def test_a_small_engine_of_a_large_exporter_is_small(tmp_path: Path) -> None:
+    """ru_maxrss of a child begins with what its parent had: here half a gigabyte, which the engine has not."""
+    hub_models.write(tmp_path / "model", "llama")
+    path = write(tmp_path / "model", tmp_path / "out")
+    ballast = np.ones(1 << 26)
+    with probe.opened("llamacpp", path, 1) as session:
+        session.logits([5, 6, 7])
+        assert 10_000_000 < session.peak_memory_bytes() < ballast.nbytes // 2
