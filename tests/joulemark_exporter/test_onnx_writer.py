@@ -98,6 +98,8 @@ def test_floats_the_whole_way(precision: str, tmp_path: Path) -> None:
     manifest = artifact.verify(exported.folder)
     assert (manifest.format, manifest.quantization, manifest.context_tokens) == ("onnx", precision, 256)
     assert exported.report["findings"]["divergence"] < 1e-4
+    again = pipeline.export(dataclasses.replace(given, out=tmp_path / "again"), quiet)
+    assert again.manifest.files == manifest.files  # the same inputs, the same bytes
 
 
 @pytest.mark.parametrize(
