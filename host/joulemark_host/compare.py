@@ -1,7 +1,8 @@
 """Which runs may stand beside each other, and the grid of device × artifact that follows. Pure: no I/O, no clock.
 
 What must be equal for which metric is the table in `joulemark_host.conditions`. The reference is what most cells share;
-a cell that differs from it is not comparable, and the differing conditions are named with both values.
+a cell that differs from it is not comparable, and the differing conditions are named with both values. GGUF and ONNX
+artifacts may stand side by side: their engines are part of what is compared.
 The latest run of a cell, in the order in which the host received them, speaks for it.
 """
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from joulemark.errors import BadInput
 from joulemark.metrics import METRICS
 from joulemark.wire import Absent, Measure
-from joulemark_host.conditions import Difference, differences, most_shared, short
+from joulemark_host.conditions import Difference, Reference, reference_of, short
 from joulemark_host.facts import RunFacts
 from joulemark_host.grid import Cell, Grid
 
@@ -51,15 +52,18 @@ def build_grid(
     latest = latest_runs(records, task)
     wanted = {(device.id, artifact.id) for device in devices for artifact in artifacts}
     judged = [run for key, run in latest.items() if key in wanted and measured(run, metric)]
-    over_grid = reference or most_shared(judged, metric, "grid")
+    over_grid = reference_of(judged, metric, "grid", reference)
     over_device = {
-        device.id: reference
-        if reference is not None and reference.device_id == device.id
-        else most_shared([run for run in judged if run.device_id == device.id], metric, "device")
+        device.id: reference_of(
+            [run for run in judged if run.device_id == device.id],
+            metric,
+            "device",
+            reference if reference is not None and reference.device_id == device.id else None,
+        )
         for device in devices
     }
     cells = tuple(
-        _cell(device, artifact, latest.get((device.id, artifact.id)), metric, over_grid, over_device[device.id])
+        _cell(device, artifact, latest.get((device.id, artifact.id)), metric, [over_grid, over_device[device.id]])
         for device in devices
         for artifact in artifacts
     )
@@ -132,8 +136,7 @@ def _cell(
     artifact: Entry,
     run: RunFacts | None,
     metric: str,
-    over_grid: RunFacts | None,
-    over_device: RunFacts | None,
+    references: Sequence[Reference | None],
 ) -> Cell:
     row, column = device.label, artifact.label
     if run is None:
@@ -143,7 +146,9 @@ def _cell(
         status = "unsupported" if unsupported else "failed"
         return Cell(row=row, column=column, status=status, valid=False, why=_failure(run), run_id=run.run_id)
     value = run.metrics.get(metric) or Absent(reason=f"the record has no figure called {metric}")
-    differing = _differing(run, metric, over_grid, over_device) if isinstance(value, Measure) else ()
+    differing: list[Difference] = []
+    if isinstance(value, Measure):
+        differing = [found for reference in references if reference is not None for found in reference.differences(run)]
     if differing:
         why = _clip("; ".join(f"{d.title}: {short(d.left)} here, {short(d.right)} in the rest" for d in differing))
         return Cell(
@@ -151,13 +156,6 @@ def _cell(
         )
     why = "" if run.valid else _clip("; ".join(run.reasons) or "the verdict is INVALID without a reason")
     return Cell(row=row, column=column, status="measured", metric=value, valid=run.valid, why=why, run_id=run.run_id)
-
-
-def _differing(
-    run: RunFacts, metric: str, over_grid: RunFacts | None, over_device: RunFacts | None
-) -> tuple[Difference, ...]:
-    everywhere = differences(run, over_grid, metric, "grid") if over_grid else ()
-    return everywhere + (differences(run, over_device, metric, "device") if over_device else ())
 
 
 def _failure(run: RunFacts) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from joulemark.metrics import METRICS
 from joulemark.wire import Absent, Measure, Metric, Problem, RunRecord
 
-FACTS_VERSION = 1
+FACTS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ def _conditions(record: RunRecord) -> dict[str, str]:
         "chat_template": "applied" if pack.apply_chat_template else "not applied",
         "items": str(min(spec.limit or pack.size, pack.size)),
         "pack": pack.pack_id,
+        "format": record.manifest.format,
         "variant": printable(spec.variant) or "none",
         "context": str(spec.context_tokens or "automatic"),
         "batch_tokens": str(spec.batch_tokens),

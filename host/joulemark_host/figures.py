@@ -12,7 +12,7 @@ from joulemark.metrics import METRICS
 from joulemark.wire import Measure
 from joulemark_host.charts import heatmap
 from joulemark_host.compare import build_grid, label_artifacts, label_devices, latest_runs, measured
-from joulemark_host.conditions import most_shared, shared_conditions
+from joulemark_host.conditions import reference_of
 from joulemark_host.facts import RunFacts
 from joulemark_host.grid import Cell, Grid
 from joulemark_host.readable import TITLES, amount, explanation, grid_unit, interval, kind
@@ -60,13 +60,14 @@ def draw(
     grid = build_grid(runs, metric, task, label_devices(runs), label_artifacts(names))
     judged = [run for run in latest_runs(runs, task).values() if measured(run, metric)]
     unit = grid_unit(grid)
+    reference = reference_of(judged, metric, "grid")
     return Figure(
         title=METRICS[metric].title,
         task=task,
         grid=grid,
         chart=heatmap(grid) if grid.cells else None,
         lines=tuple(_line(cell, unit) for cell in grid.cells),
-        conditions=shared_conditions(most_shared(judged, metric, "grid"), metric),
+        conditions=reference.shared() if reference else {},
     )
 
 

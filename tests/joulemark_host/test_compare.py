@@ -10,11 +10,11 @@ from joulemark.errors import BadInput
 from joulemark.metrics import METRICS
 from joulemark.wire import Absent, LatencyPlan, Measure, Problem
 from joulemark_host.compare import Entry, build_grid, label_artifacts, label_devices
-from joulemark_host.conditions import CONDITIONS, differing_fields
+from joulemark_host.conditions import CONDITIONS, differing_fields, reference_of
 from joulemark_host.facts import RunFacts, facts_of
 from joulemark_host.grid import Cell
 from tests.fixtures.grids import LAB, PI, QWEN, SMOL_Q4, SMOL_Q8, fleet, run_facts
-from tests.fixtures.records import make_pack_header, make_record, make_trace, power_channel
+from tests.fixtures.records import make_manifest, make_pack_header, make_record, make_trace, power_channel
 
 
 def grid_of(runs: list[RunFacts], metric: str = "decode_rate", **more: Any) -> dict[tuple[str, str], Cell]:
@@ -153,7 +153,7 @@ def test_a_condition_matters_to_the_metrics_that_depend_on_it(
 
 def test_every_condition_is_exercised_above_and_filled_in():
     assert {condition.name for condition in CONDITIONS} == {change[0] for change in CHANGES}
-    assert set(facts_of(make_record()).conditions) == {condition.name for condition in CONDITIONS}
+    assert set(facts_of(make_record()).conditions) - {"format"} == {condition.name for condition in CONDITIONS}
     for condition in CONDITIONS:
         assert condition.metrics <= set(METRICS)
 
@@ -165,6 +165,34 @@ def test_the_meaning_of_power_is_that_of_the_channels_that_are_summed():
     assert facts_of(make_record(trace=both)).conditions["power_source"] == "rail"
     none = trace.model_copy(update={"channels": trace.channels[1:], "values": trace.values[1:]})
     assert facts_of(make_record(trace=none)).conditions["power_source"] == "no meter"
+
+
+GRAPH = make_manifest(name="smollm2-onnx", quantization="GPTQ-4-g32", format="onnx")
+ONNX = {"backend": "onnx", "engine": "onnxruntime", "version": "1.32.0", "build": "ORT", "kv_type": "f32"}
+
+
+def test_formats_bring_their_engines():
+    """GGUF and ONNX stand side by side; of two ONNX artifacts both must have run on the same engine."""
+    runs = [run_facts(1, manifest=SMOL_Q4), run_facts(2, manifest=QWEN), run_facts(3, manifest=GRAPH, engine=ONNX)]
+    for metric in ("accuracy", "decode_rate", "peak_pss"):
+        assert {cell.status for cell in grid_of(runs, metric).values()} == {"measured"}, metric
+    assert differing_fields(runs[0], runs[2], "decode_rate") == ()
+    told = reference_of(runs, "accuracy", "grid")
+    assert told is not None
+    assert told.shared()["backend"] == "gguf: llamacpp; onnx: onnx"
+    assert told.shared()["task"] == "arc_challenge"
+    other = make_manifest(name="other-onnx", quantization="RTN-4-g32", format="onnx")
+    runs += [run_facts(4, manifest=other, engine={**ONNX, "version": "1.23.2"})]
+    states = {cell.run_id: (cell.status, cell.why) for cell in grid_of(runs, "accuracy").values()}
+    assert states["run-4"][0] == "measured"  # of equally many the latest speaks
+    assert states["run-3"][0] == "not_comparable" and "1.32.0 here" in states["run-3"][1]
+    assert states["run-1"][0] == states["run-2"][0] == "measured"
+    states = {cell.run_id: cell.status for cell in grid_of(runs, "accuracy", reference=runs[2]).values()}
+    assert states == {"run-1": "measured", "run-2": "measured", "run-3": "measured", "run-4": "not_comparable"}
+    # What is not the format's still counts over all of them.
+    longer = run_facts(5, manifest=other, engine=ONNX, spec={"latency": LatencyPlan(prompts=1)})
+    states = {cell.run_id: cell.status for cell in grid_of([*runs[:3], longer]).values()}
+    assert states["run-5"] == "not_comparable"
 
 
 def test_boards_may_differ_in_what_belongs_to_the_board():
