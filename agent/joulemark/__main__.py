@@ -31,7 +31,7 @@ _HOST = "joulemark_host.cli"
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(_HOST, "host", "the whole path on this machine: a real model to a heatmap"),
-    "eval": Command(_AGENT, "agent", "evaluate a model file here, without a host"),
+    "eval": Command(_AGENT, "agent", "evaluate a model file or an artifact here, without a host"),
     "verify": Command(_AGENT, "agent", "compare a result item by item with lm-eval's sample file"),
     "doctor": Command(_AGENT, "agent", "what this machine has, what it lacks, and what to do about it"),
     "agent": Command(_AGENT, "agent", "serve this board: take models and tasks, run them, report"),
