@@ -124,21 +124,29 @@ def read_manifest(path: Path) -> Manifest:
         raise BadInput(f"the manifest {file} cannot be read: {reason}", "publish the artifact again") from error
 
 
-def verify(folder: Path) -> Manifest:
-    """The manifest of `folder` after hashing every file. Raises BadInput or DigestMismatch on anything missing,
-    changed, added or linked."""
+def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> Manifest:
+    """The manifest of `folder` after hashing every file; `progress(done, total)` counts bytes. Raises BadInput or
+    DigestMismatch on anything missing, changed, added or linked."""
     manifest = read_manifest(folder)
     expected = {entry.path for entry in manifest.files} | {MANIFEST_NAME}
     found = {path.name for path in folder.iterdir()}
     if found != expected:
         difference = ", ".join(sorted(found ^ expected))
         raise BadInput(f"the artifact {folder} has missing or extra files: {difference}", "push or publish it again")
+    total, before = sum(entry.size_bytes for entry in manifest.files), 0
     for entry in manifest.files:
-        _verify_file(folder / entry.path, entry)
+        start = before
+
+        def report(done: int, start: int = start) -> None:
+            if progress is not None:
+                progress(start + done, total)
+
+        _verify_file(folder / entry.path, entry, report)
+        before += entry.size_bytes
     return manifest
 
 
-def _verify_file(path: Path, entry: FileEntry) -> None:
+def _verify_file(path: Path, entry: FileEntry, progress: Callable[[int], None]) -> None:
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise BadInput(f"{path} is not a regular file", "links are not followed: copy the file itself")
@@ -146,7 +154,7 @@ def _verify_file(path: Path, entry: FileEntry) -> None:
         raise DigestMismatch(
             f"{path} has {status.st_size} bytes, expected {entry.size_bytes}", "fetch the artifact again"
         )
-    sha256 = hash_file(path)
+    sha256 = hash_file(path, progress)
     if sha256 != entry.sha256:
         raise DigestMismatch(f"{path} has sha256 {sha256}, expected {entry.sha256}", "fetch the artifact again")
 

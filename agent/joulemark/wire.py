@@ -120,7 +120,7 @@ class Manifest(Wire):
     origin: Origin | None = None
     """None for a file that was published as it came."""
     required_memory_bytes: Annotated[int, Field(ge=1)] | None = None
-    """Loaded weights and the key-value memory of the whole context; the engine's own buffers come on top."""
+    """Reckoned: loaded weights and the key-value memory of the whole context; the engine's own buffers come on top."""
 
     @model_serializer(mode="wrap")
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -10,13 +10,19 @@ from collections.abc import Mapping, Sequence
 from joulemark.errors import BadInput, MissingExtra
 
 
-def render_template(template: str, messages: Sequence[dict[str, str]], special: Mapping[str, str]) -> str:
-    """The prompt for `messages`, with the generation prompt appended. Raises BadInput when the template fails."""
+def render_template(template: str | None, messages: Sequence[dict[str, str]], special: Mapping[str, str]) -> str:
+    """The prompt for `messages`, with the generation prompt appended. Raises BadInput when there is no template or it fails."""
+    if template is None:
+        raise BadInput(
+            "this model has no chat template", "use /v1/completions, or export the model with its chat template"
+        )
     try:
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
-        raise MissingExtra("chat templates need jinja2", "pip install 'joulemark[llama]'") from error
+        raise MissingExtra(
+            "chat templates need jinja2", "pip install jinja2 (it comes with the engines' extras)"
+        ) from error
 
     def raise_exception(message: str) -> None:
         raise BadInput(

@@ -26,6 +26,10 @@ class IntegerForm:
     contiguous: bool = True
     embedding: str = "Q8_0"
 
+    def title(self, method: str) -> str:
+        """What people call the result of a method, such as GPTQ-4-g32."""
+        return f"{method}-{self.bits}-" + (f"g{self.group_size}" if self.group_size > 0 else "rows")
+
 
 @dataclass(frozen=True)
 class GroupQuantized:

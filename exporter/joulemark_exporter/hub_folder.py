@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from joulemark import durable
+from joulemark import artifact, durable
 from joulemark.errors import BadInput, Conflict
 from joulemark_exporter import configuration, packing
 from joulemark_exporter.quantizers import Choice, Choices, IntegerForm, Integers, Task, grouped, inputs, outputs
@@ -62,8 +62,13 @@ def write(
     temporary.rename(folder)
 
 
-def check(task: Task, form: IntegerForm | None) -> None:
-    """That the layout holds such integers. Raises BadInput before anything is computed."""
+def check(task: Task, folder: Path, form: IntegerForm | None, type_name: str) -> None:
+    """That the layout holds such integers, and the disk the files. Raises BadInput, Conflict, NoSpace before anything is computed."""
+    if folder.exists():
+        raise Conflict(f"{folder} exists", "choose another folder, or remove that one")
+    width = 1 if form is not None else np.dtype(TYPES[type_name]).itemsize
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    artifact.check_space(folder.parent, width * sum(weight.size for weight in task.model.weights.values()))
     if form is None:
         return
     for name, linear in grouped(task, form.group_size):

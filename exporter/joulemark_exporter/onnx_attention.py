@@ -18,16 +18,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
 
+from joulemark.graph_form import HIDDEN
+
 NAME = "joulemark"
-HIDDEN = -1e9
-"""Added to the score of a key that a token must not see: its weight is then exactly 0."""
 HEAD_MULTIPLE = 8
 """What the operator wants a head's size to be a multiple of."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """What the graph is told beside tokens, as it is traced; see `onnx_graph`."""
+    """What the graph is told beside tokens, as it is traced; see `joulemark.graph_form`."""
 
     position_ids: Tensor
     attention_bias: Tensor

@@ -1,25 +1,13 @@
 """A causal language model as an ONNX graph with a key-value memory, through torch's exporter, for every family.
 
-    input_ids, position_ids   (batch, tokens)            int64
-    attention_bias            (1, 1, tokens, keys)       float32, added to the scores: 0, or HIDDEN for keys that a token must not see
-    key_positions             (keys,)                    int64: the position that each key stands at
-    last_keys                 (batch,)                   int32: where in the memory each row's last token goes
-    total_keys                (1,)                       int32: keys of the longest row
-    logit_positions           (wanted,)                  int64: the tokens whose logits are wanted
-    past_key_values.N.key / .value   (batch, key heads, capacity, head size)
-    → logits (batch, wanted, vocabulary) · present.N.key / .value, as large as the past, or as `total_keys` where that is more
-
-The memory grows in place where present is bound to the buffer of past. Picking positions before the output matrix is applied saves a fifth
-of a small model's work. What an engine must know of the model beside the graph is in the file's metadata, under `joulemark.`. The class
+Its form is `joulemark.graph_form`. Picking positions before the output matrix is applied saves a fifth of a small model's work. The class
 computes; nothing is rewritten here but floats stored in 16 bits."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +16,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from joulemark import graph_form
+from joulemark.graph_form import GraphFacts
 from joulemark_exporter.families import Memory
 from joulemark_exporter.onnx_attention import Attention, Given, PassedThrough
 
@@ -35,7 +25,6 @@ OPSET = 21
 LARGEST_FILE = 1_500_000_000
 """Bytes of weights beyond which they go into a file beside the graph: protobuf ends at 2 GiB."""
 DATA_NAME = "model.onnx.data"
-PREFIX = "joulemark."
 SMALLEST_HALVED = 1 << 12
 """Numbers below which a tensor stays in 32 bits."""
 
@@ -74,15 +63,15 @@ class _WithMemory(nn.Module):
 def names(layers: int) -> tuple[list[str], list[str]]:
     """(inputs, outputs) of the graph, in order."""
     parts = [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
-    told = [name for name in inspect.signature(_WithMemory.forward).parameters if name not in ("self", "past")]
-    return [*told, *(f"past_key_values.{part}" for part in parts)], ["logits", *(f"present.{part}" for part in parts)]
+    inputs = [*graph_form.INPUTS, *(f"{graph_form.PAST}{part}" for part in parts)]
+    return inputs, [graph_form.LOGITS, *(f"{graph_form.PRESENT}{part}" for part in parts)]
 
 
-def write(model: Any, memory: Memory, path: Path, about: Mapping[str, Any], halved: bool = False) -> tuple[Path, ...]:
+def write(model: Any, memory: Memory, path: Path, facts: GraphFacts, halved: bool = False) -> tuple[Path, ...]:
     """Writes the graph of a transformers model, which is changed, in float32; returns its files.
 
     `halved` stores matrices in 16 bits: they are widened when the file is loaded, so that only the weights are rounded (scales of packed
-    matrices are halves already: they lose nothing). `about` becomes metadata, as JSON values."""
+    matrices are halves already: they lose nothing). `facts` become metadata."""
     batch, capacity, tokens, keys = 2, 11, 3, 8  # any numbers above one: ones would be taken for constants
     past = tuple(torch.zeros(batch, memory.heads, capacity, memory.head_size) for _ in range(2 * memory.layers))
     example = (
@@ -115,12 +104,12 @@ def write(model: Any, memory: Memory, path: Path, about: Mapping[str, Any], halv
     proto = program.model_proto
     if halved:
         _halve(proto)
-    return _finish(proto, path, about)
+    return _finish(proto, path, facts)
 
 
-def _finish(proto: onnx.ModelProto, path: Path, about: Mapping[str, Any]) -> tuple[Path, ...]:
+def _finish(proto: onnx.ModelProto, path: Path, facts: GraphFacts) -> tuple[Path, ...]:
     """Writes a graph with its metadata: one file, or two where protobuf's limit asks for it. Returns them, the graph first."""
-    helper.set_model_props(proto, {f"{PREFIX}{name}": json.dumps(value) for name, value in about.items()})
+    helper.set_model_props(proto, graph_form.to_metadata(facts))
     large = sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > LARGEST_FILE
     onnx.save_model(
         proto, path, save_as_external_data=large, all_tensors_to_one_file=True, location=DATA_NAME, size_threshold=1024

@@ -78,14 +78,12 @@ def export(request: Request, say: Say) -> Exported:
     there = _already_there(request, origin)
     if there is not None and request.checkpoint is None:
         return there
-    if request.checkpoint is not None and request.checkpoint.exists():
-        raise Conflict(f"{request.checkpoint} exists", "choose another folder, or remove that one")
     with _working_folder(request, origin) as work:
         task = _task(request, model, work, say)
         form = quantizer.check(task, chosen.quantizer)
         writer.check(task, chosen.writer, form)
         if request.checkpoint is not None:
-            hub_folder.check(task, form)
+            hub_folder.check(task, request.checkpoint, form, _stored(model))
         probe = calibration.windows(model, probe_text(request), chosen.probe.windows, chosen.probe.tokens, None)
         # A first look, as if a weight took a byte: once written, once published. The writer knows better when types are chosen.
         artifact.check_space(request.out.parent, sum(2 * weight.size for weight in model.weights.values()))
@@ -96,11 +94,13 @@ def export(request: Request, say: Say) -> Exported:
             written: Written = writer.write(task, choices, folder, chosen.writer)
             manifest = _manifest(task, writer, choices, written, origin)
             findings = _verify(request, task, writer.read_back(task, choices, written), written, manifest, probe)
+            exported = _publish(request, written, manifest, findings, probe)
+            # Last, so that whoever starts again after an interruption finds either both or the artifact alone.
             if request.checkpoint is not None:
                 say("writing the checkpoint", 0, 1)
                 hub_folder.write(model, request.checkpoint, choices, form, _stored(model))
                 say("writing the checkpoint", 1, 1)
-            return _publish(request, written, manifest, findings, probe)
+            return exported
 
 
 # --- before ------------------------------------------------------------------------------------------------------------

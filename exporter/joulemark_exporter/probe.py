@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,8 @@ from joulemark_exporter.peak_memory import peak_bytes
 
 PACKAGE = "joulemark_exporter.engines"
 TAIL_BYTES = 2000
+SILENCE_S = 1800.0
+"""Loading a model and computing a window take minutes at most; an engine that is silent for longer hangs."""
 
 
 class Probe:
@@ -37,6 +40,7 @@ class Probe:
         try:
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
             self._process.stdin.flush()
+            self._wait()
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = b""
@@ -52,6 +56,15 @@ class Probe:
         if "problem" in answer:
             raise EngineFailed(answer["problem"]["message"], answer["problem"]["hint"])
         return answer
+
+    def _wait(self) -> None:
+        """Until the engine answers; a question has one line of answer. Raises EngineFailed when it is silent for too long."""
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], SILENCE_S)[0]:
+            raise EngineFailed(
+                f"the engine has said nothing for {SILENCE_S:g} s: it hangs on the artifact",
+                "nothing was published; try fewer threads, or a shorter window in [probe]",
+            )
 
     def tokenize(self, text: str) -> list[int]:
         """As the board tokenizes a prompt."""

@@ -110,18 +110,6 @@ def relevant(metric: str, *scopes: Scope) -> tuple[Condition, ...]:
     return tuple(condition for condition in CONDITIONS if metric in condition.metrics and condition.scope in scopes)
 
 
-def differing_fields(a: RunFacts, b: RunFacts, metric: str) -> tuple[Difference, ...]:
-    """The conditions that `metric` depends on and in which the runs differ; none means: they may be compared."""
-    scopes: tuple[Scope, ...] = ("grid", "device") if a.device_id == b.device_id else ("grid",)
-    return differences(a, b, metric, *scopes)
-
-
-def differences(a: RunFacts, b: RunFacts, metric: str, *scopes: Scope) -> tuple[Difference, ...]:
-    """As `differing_fields`, for the given scopes only."""
-    same_format = format_of(a) == format_of(b)
-    return _differing(a, b, (item for item in relevant(metric, *scopes) if same_format or not item.of_format))
-
-
 def _differing(a: RunFacts, b: RunFacts, conditions: Iterable[Condition]) -> tuple[Difference, ...]:
     return tuple(
         Difference(condition.name, condition.title, _value(a, condition), _value(b, condition))

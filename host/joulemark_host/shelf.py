@@ -68,21 +68,22 @@ class Shelf:
     def publish_folder(self, folder: Path, progress: Callable[[int, int], None] | None = None) -> tuple[str, Manifest]:
         """Copies an exported artifact onto the shelf; its id stays what it was, and a second time changes nothing.
 
-        Raises NotFound for a folder without a manifest, BadInput or DigestMismatch for files that are not what it says, NoSpace.
+        `progress(done, total)` counts hashed and copied bytes. Raises NotFound for a folder without a manifest, BadInput or
+        DigestMismatch for files that are not what it says, NoSpace.
         """
-        manifest = artifact.verify(folder)
-        total, before = sum(entry.size_bytes for entry in manifest.files), 0
+
+        def report(done: int, total: int) -> None:
+            if progress is not None:
+                progress(done, 2 * total)
+
+        manifest = artifact.verify(folder, report)
+        size = done = sum(entry.size_bytes for entry in manifest.files)
         for entry in manifest.files:
-            start = before
-
-            def report(done: int, start: int = start) -> None:
-                if progress is not None:
-                    progress(start + done, total)
-
             if not self._has(entry):
-                self._copy(folder / entry.path, entry, report)
-            before += entry.size_bytes
-            report(entry.size_bytes)
+                before = done
+                self._copy(folder / entry.path, entry, lambda copied, before=before: report(before + copied, size))
+            done += entry.size_bytes
+            report(done, size)
         return self._list(manifest)
 
     def _list(self, manifest: Manifest) -> tuple[str, Manifest]:

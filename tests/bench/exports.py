@@ -215,9 +215,9 @@ def measure_methods(say: Callable[[str], None]) -> Iterator[Figure]:
             found[method] = pipeline.export(request, lambda *_: None).report["findings"]["perplexity"]
         say(f"  g{size}: perplexity {found['gptq']:.2f} by GPTQ, {found['rtn']:.2f} by rounding to nearest")
         name = f"perplexity GPTQ − RTN, 4 bits symmetric g{size}"
-        yield Figure(name, found["gptq"] - found["rtn"], 0, "", at_least=False)
+        yield Figure(name, found["gptq"] - found["rtn"], 0, "", at_least=False, strict=True)
     forms = [form for form in FORMS if form.name in (EQUAL, "Lo-Bi")]
     exported = export_forms(forms, Path("study-output").resolve(), lambda *_: None)
     lost = {name: item.report["findings"]["divergence"] for name, item in exported.items()}
     say(f"  divergence {lost['Lo-Bi']:.4f} of Lo-Bi, {lost[EQUAL]:.4f} of one type, nats per token")
-    yield Figure("KL(Lo-Bi) ÷ KL(one type of equal bytes)", lost["Lo-Bi"] / lost[EQUAL], 1, at_least=False)
+    yield Figure("KL(Lo-Bi) ÷ KL(one type of equal bytes)", lost["Lo-Bi"] / lost[EQUAL], 1, at_least=False, strict=True)

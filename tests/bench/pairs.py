@@ -14,23 +14,26 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the result. `at_least` False: the measured value must not exceed the required one."""
+    """One line of the result. `at_least` False: the measured value must not exceed the required one; `strict`: nor equal it."""
 
     name: str
     measured: float
     required: float
     unit: str = "×"
     at_least: bool = True
+    strict: bool = False
     spread: str = ""
 
     @property
     def reached(self) -> bool:
         """Whether the requirement holds."""
+        if self.strict and self.measured == self.required:
+            return False
         return self.measured >= self.required if self.at_least else self.measured <= self.required
 
     def line(self) -> str:
         """Name, measured, required, and how far the single pairs lay apart."""
-        sign = "≥" if self.at_least else "≤"
+        sign = (">" if self.at_least else "<") if self.strict else ("≥" if self.at_least else "≤")
         word = "ok" if self.reached else "SHORT"
         return f"{self.name:<70} {self.measured:>8.3f} {self.unit:<3} {sign} {self.required:<5g} {word:<5} {self.spread}".rstrip()
 

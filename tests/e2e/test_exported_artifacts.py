@@ -109,6 +109,16 @@ def test_every_file_is_looked_at_before_it_is_loaded(exported: Path, agent: Agen
     assert not list((agent.data / "store" / "opened").iterdir())
 
 
+def test_publishing_says_how_far_it_is(exported: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    shelf = Shelf(tmp_path / "shelf")
+    artifact_id, manifest = shelf.publish_folder(exported, lambda done, total: told.append((done, total)))
+    whole = 2 * sum(entry.size_bytes for entry in manifest.files)  # hashed, then copied
+    assert told[-1] == (whole, whole) and {total for _, total in told} == {whole}
+    assert told == sorted(told) and len(told) > len(manifest.files)
+    assert shelf.publish_folder(exported) == (artifact_id, manifest)
+
+
 def test_a_changed_folder_is_not_published(exported: Path, tmp_path: Path) -> None:
     shelf = Shelf(tmp_path / "shelf")
     copy = tmp_path / "copy"

@@ -15,10 +15,10 @@ import torch
 
 from joulemark import artifact
 from joulemark.errors import BadInput
+from joulemark.graph_form import HIDDEN
 from joulemark_exporter import onnx_graph, onnx_packed, pipeline
 from joulemark_exporter.group_quantized import GroupQuantized, IntegerForm
-from joulemark_exporter.onnx_attention import HIDDEN
-from joulemark_exporter.quantizers import Integers, gptq
+from joulemark_exporter.quantizers import Integers, gptq, none
 from joulemark_exporter.writers import onnx as writer
 from tests.fixtures import hub_models
 from tests.fixtures.exporting import quiet, request, task
@@ -69,7 +69,8 @@ def test_the_graph_computes_what_transformers_computes(family: str, tmp_path: Pa
         other = torch.cat([tokens[:1, :20], tokens[1:, 20:24]], 1)
         second = model(other).logits.numpy()
     given = task(tmp_path / "base", tmp_path)
-    onnx_graph.write(model, given.family.memory(given.model.config), tmp_path / "model.onnx", {"architecture": family})
+    facts = writer.facts(given, none.quantize(given, none.Options()), writer.Options())
+    onnx_graph.write(model, given.family.memory(given.model.config), tmp_path / "model.onnx", facts)
     ids, line = tokens.numpy(), np.arange(40)[None].repeat(2, 0)
     graph = Graph(tmp_path / "model.onnx", 2)
     first = graph.run(ids[:, :30], line[:, :30], [29, 29], list(range(30)))

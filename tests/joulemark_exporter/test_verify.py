@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,19 @@ def test_an_engine_that_dies_is_an_error_with_its_last_words(tmp_path: Path) -> 
     with probe.opened("llamacpp", tmp_path / "cut.gguf", 1) as session, pytest.raises(EngineFailed, match="refuses"):
         session.tokenize("a")
     assert engine_logits(path, some_tokens(9)).shape == (9, hub_models.VOCABULARY)
+
+
+def test_an_engine_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_models.write(tmp_path / "model", "llama")
+    path = write(tmp_path / "model", tmp_path / "out")
+    with probe.opened("llamacpp", path, 1) as session:
+        assert session.tokenize("def")
+        process = vars(session)["_process"]
+        process.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr(probe, "SILENCE_S", 0.5)
+        with pytest.raises(EngineFailed, match="hangs"):
+            session.tokenize("def")
+    assert process.wait(10) == -signal.SIGKILL
 
 
 def test_a_small_engine_of_a_large_exporter_is_small(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from joulemark.errors import BadInput
 from joulemark.metrics import METRICS
 from joulemark.wire import Absent, LatencyPlan, Measure, Problem
 from joulemark_host.compare import Entry, build_grid, label_artifacts, label_devices
-from joulemark_host.conditions import CONDITIONS, differing_fields, reference_of
+from joulemark_host.conditions import CONDITIONS, Difference, Scope, reference_of
 from joulemark_host.facts import RunFacts, facts_of
 from joulemark_host.grid import Cell
 from tests.fixtures.grids import LAB, PI, QWEN, SMOL_Q4, SMOL_Q8, fleet, run_facts
@@ -23,6 +23,13 @@ def grid_of(runs: list[RunFacts], metric: str = "decode_rate", **more: Any) -> d
     assert len(grid.cells) == len(grid.rows) * len(grid.columns)
     assert [(c.row, c.column) for c in grid.cells] == [(r, c) for r in grid.rows for c in grid.columns]
     return {(cell.row, cell.column): cell for cell in grid.cells}
+
+
+def differing_fields(a: RunFacts, b: RunFacts, metric: str) -> list[Difference]:
+    """In what `a` is not like `b` in a grid of the two."""
+    scopes: tuple[Scope, ...] = ("grid", "device") if a.device_id == b.device_id else ("grid",)
+    references = [reference_of([b], metric, scope, b) for scope in scopes]
+    return [found for reference in references if reference is not None for found in reference.differences(a)]
 
 
 def test_every_state_of_a_cell():
@@ -176,7 +183,7 @@ def test_formats_bring_their_engines():
     runs = [run_facts(1, manifest=SMOL_Q4), run_facts(2, manifest=QWEN), run_facts(3, manifest=GRAPH, engine=ONNX)]
     for metric in ("accuracy", "decode_rate", "peak_pss"):
         assert {cell.status for cell in grid_of(runs, metric).values()} == {"measured"}, metric
-    assert differing_fields(runs[0], runs[2], "decode_rate") == ()
+    assert differing_fields(runs[0], runs[2], "decode_rate") == []
     told = reference_of(runs, "accuracy", "grid")
     assert told is not None
     assert told.shared()["backend"] == "gguf: llamacpp; onnx: onnx"
@@ -198,7 +205,7 @@ def test_formats_bring_their_engines():
 def test_boards_may_differ_in_what_belongs_to_the_board():
     ours = facts_of(make_record("a", device=LAB))
     board = facts_of(make_record("b", device=PI.model_copy(update={"governor": "ondemand"}), engine={"threads": 4}))
-    assert differing_fields(ours, board, "decode_rate") == ()
+    assert differing_fields(ours, board, "decode_rate") == []
     runs = [run_facts(1, device=LAB), run_facts(2, device=PI, engine={"threads": 4})]
     assert {c.status for c in grid_of(runs).values()} == {"measured"}
 

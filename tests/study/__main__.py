@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from joulemark import sources
+from joulemark.errors import EngineFailed
 from joulemark.wire import Measure, RunRecord
 from joulemark_agent.machine import cpu_model
 from joulemark_agent.sysfs import Roots
@@ -207,7 +208,14 @@ def _row(name: str, item: pipeline.Exported, record: RunRecord, base: RunRecord)
 
 
 def _scores(record: RunRecord) -> dict[int, float]:
-    return {item.doc_id: item.grade.scores[SCORE] for item in record.items if item.grade is not None}
+    """By question. Raises EngineFailed for a run that has not answered all: a mean over the rest would be another figure."""
+    found = {item.doc_id: item.grade.scores[SCORE] for item in record.items if item.grade is not None}
+    if record.status != "done" or len(found) != len(record.items) or not found:
+        raise EngineFailed(
+            f"{record.manifest.name}: the run is {record.status}, {len(found)} of {len(record.items)} questions are answered",
+            "remove its record_*.json and run the study again",
+        )
+    return found
 
 
 def _value(record: RunRecord, name: str) -> float | None:
@@ -270,7 +278,8 @@ def _report(
     (out / "study.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
     store = Records(f"sqlite:///{out / 'data' / 'host' / 'records.db'}")
     try:
-        runs = store.facts(TASK)
+        ours = {item.artifact_id for item in exported}
+        runs = [run for run in store.facts(TASK) if run.artifact_id in ours]
     finally:
         store.close()
     figures = [draw(runs, figure, TASK) for figure in FIGURES]

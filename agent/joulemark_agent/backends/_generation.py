@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from joulemark.errors import BadInput
@@ -32,6 +32,19 @@ class Vocabulary(Protocol):
 
 
 Waiting = tuple[GenerateRequest, list[int]]
+
+
+def generate(
+    requests: Sequence[GenerateRequest],
+    vocabulary: Vocabulary,
+    window: int,
+    run: Callable[[list[Waiting]], Iterator[Generated]],
+) -> Iterator[Generated]:
+    """Results of those that cannot be served, then what `run` makes of the others."""
+    refused, waiting = admit(requests, vocabulary, window)
+    yield from refused
+    if waiting:
+        yield from run(waiting)
 
 
 def admit(

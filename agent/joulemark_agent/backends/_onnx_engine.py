@@ -1,50 +1,23 @@
 """ONNX Runtime on the processor: an opened graph, and memories that grow in place. Not a plug-in; `onnx` builds on it.
 
-Graphs are those that Joulemark's exporter writes (joulemark_exporter.onnx_graph): the attention appends a token's keys and values to the
-buffer that it is given, masks come as a bias, and the file's metadata says what must be known beside the graph. Knows nothing of tasks,
-plans or time. Logits rows are float32 arrays of the vocabulary's size."""
+Graphs have the form of `joulemark.graph_form`: the attention appends a token's keys and values to the buffer that it is given, masks come
+as a bias, and the file's metadata says what must be known beside the graph. Knows nothing of tasks, plans or time. Logits rows are float32
+arrays of the vocabulary's size."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, ValidationError
-
+from joulemark import graph_form
 from joulemark.errors import EngineFailed, MissingExtra
-from joulemark.wire import Identifier, Wire
+from joulemark.graph_form import GraphFacts
 from joulemark_agent.backends import do_nothing
 from joulemark_agent.backends._logits import import_numpy
 from joulemark_agent.backends._onnx_tokenizer import INSTALL_HINT
 
-PREFIX = "joulemark."
-HIDDEN = -1e9
-"""Added to the score of a key that a token must not see (joulemark_exporter.onnx_attention)."""
-_INPUTS = {
-    "input_ids",
-    "position_ids",
-    "attention_bias",
-    "key_positions",
-    "last_keys",
-    "total_keys",
-    "logit_positions",
-}
-_PAST, _PRESENT = "past_key_values.", "present."
 _REASON_CHARACTERS = 500
-
-
-class GraphFacts(Wire):
-    """What the file's metadata says of the model."""
-
-    architecture: Identifier
-    precision: Identifier
-    quantization: Identifier
-    parameters: Annotated[int, Field(ge=1)]
-    context_tokens: Annotated[int, Field(ge=1, le=1 << 27)]
-    vocabulary: Annotated[int, Field(ge=1, le=1 << 24)]
-    end_tokens: Annotated[tuple[int, ...], Field(max_length=1000)]
 
 
 def import_onnxruntime() -> Any:
@@ -77,11 +50,11 @@ class Graph:
             ) from error
         self.facts = _facts(self.session.get_modelmeta().custom_metadata_map, path)
         inputs = {item.name: item.shape for item in self.session.get_inputs()}
-        self._pasts = {name: shape for name, shape in inputs.items() if name.startswith(_PAST)}
+        self._pasts = {name: shape for name, shape in inputs.items() if name.startswith(graph_form.PAST)}
         sizes = [shape[index] for shape in self._pasts.values() for index in (1, 3)]
         if (
             not self._pasts
-            or inputs.keys() - self._pasts.keys() != _INPUTS
+            or inputs.keys() - self._pasts.keys() != set(graph_form.INPUTS)
             or any(not _is_size(size) for size in sizes)
         ):
             raise EngineFailed(
@@ -101,7 +74,7 @@ class Graph:
         """Logits (rows, wanted, vocabulary). Raises EngineFailed."""
         for name, value in given.items():
             binding.bind_cpu_input(name, value)
-        binding.bind_output("logits")
+        binding.bind_output(graph_form.LOGITS)
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:
@@ -185,16 +158,15 @@ class Memory:
             for name, array in self._arrays.items():
                 shared = runtime.OrtValue.ortvalue_from_numpy(array[first:end])
                 binding.bind_ortvalue_input(name, shared)
-                binding.bind_ortvalue_output(name.replace(_PAST, _PRESENT), shared)
+                binding.bind_ortvalue_output(name.replace(graph_form.PAST, graph_form.PRESENT), shared)
             self._bindings[first, end] = binding
         return self._bindings[first, end]
 
 
 def _facts(metadata: Mapping[str, str], path: Path) -> GraphFacts:
-    stated = {name.removeprefix(PREFIX): text for name, text in metadata.items() if name.startswith(PREFIX)}
     try:
-        return GraphFacts.model_validate_json(json.dumps({name: json.loads(text) for name, text in stated.items()}))
-    except (ValidationError, ValueError, RecursionError) as error:
+        return graph_form.from_metadata(metadata)
+    except (ValueError, RecursionError) as error:
         raise EngineFailed(
             f"{path.name} does not say what model it is: {' '.join(str(error).split())[:_REASON_CHARACTERS]}",
             "export the model with `joulemark export` and the onnx writer",

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from joulemark.errors import BadInput
 from joulemark.wire import EngineFacts
 from joulemark_agent.backends import Choice, Generated, GenerateRequest, Options, Scored, ScoreRequest, Session, Token
-from joulemark_agent.backends._generation import SHORT_PREFIX, Growing, Waiting, admit, prompt_of_stream
+from joulemark_agent.backends._generation import SHORT_PREFIX, Growing, Waiting, generate, prompt_of_stream
 from joulemark_agent.backends._llama_engine import INSTALL_HINT, Context, Model
 from joulemark_agent.backends._logits import import_numpy, log_probability
 from joulemark_agent.backends._scoring import OpenScore, Owner, score
@@ -174,10 +173,7 @@ class LlamaSession:
     # --- generation ---------------------------------------------------------------------------------------------------
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Generated]:
         """Greedy continuous batching; a finished sequence is replaced at once."""
-        refused, waiting = admit(requests, self._model, self._window)
-        yield from refused
-        if waiting:
-            yield from self._batches(waiting)
+        return generate(requests, self._model, self._window, self._batches)
 
     def _batches(self, waiting: list[Waiting]) -> Iterator[Generated]:
         prefix, slots, context = self._prepare(waiting)
@@ -301,8 +297,4 @@ class LlamaSession:
     def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
         """The conversation as prompt text by the model's own template, rendered in jinja2's immutable sandbox."""
         template = self._model.metadata("tokenizer.chat_template")
-        if template is None:
-            raise BadInput(
-                "this model has no chat template", "use /v1/completions, or export the model with its chat template"
-            )
         return render_template(template, messages, self._model.special_text())

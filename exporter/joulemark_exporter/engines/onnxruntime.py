@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from joulemark import graph_form
 from joulemark.errors import EngineFailed, MissingExtra
 
 FORMAT = "onnx"
@@ -63,10 +64,10 @@ class Engine:
             "logit_positions": positions,
         }
         for item in self._session.get_inputs():
-            if item.name.startswith("past_key_values."):
+            if item.name.startswith(graph_form.PAST):
                 given[item.name] = np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32)
         try:
-            return self._session.run(["logits"], given)[0][0].astype(np.float32)
+            return self._session.run([graph_form.LOGITS], given)[0][0].astype(np.float32)
         except Exception as error:
             raise EngineFailed(
                 f"onnxruntime could not compute the probe: {error}"[:600], "the graph is damaged"

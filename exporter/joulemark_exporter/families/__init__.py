@@ -171,6 +171,18 @@ def head(config: Config, tied: bool, width: int) -> tuple[Tensor, ...]:
     return () if tied else (Tensor(HEAD, (int(config["vocab_size"]), width), Placement("output.weight")),)
 
 
+def plain_metadata(config: Config, memory: Memory, width: int, inner: int, context: int) -> dict[str, Value]:
+    """GGUF's key-values of the families with layer norms that take biases."""
+    return {
+        "block_count": memory.layers,
+        "context_length": context,
+        "embedding_length": width,
+        "feed_forward_length": inner,
+        "attention.head_count": memory.heads,
+        "attention.layer_norm_epsilon": configuration.real(config, "layer_norm_epsilon", 1e-5),
+    }
+
+
 def memory_of_all_heads(config: Config, width: int) -> Memory:
     """Of models whose key heads are as many as their query heads. Raises BadInput."""
     heads = configuration.count(config, "n_head", "num_attention_heads", most=configuration.MOST_WIDTH)

@@ -17,6 +17,7 @@ from joulemark_exporter.families import (
     affine_norm,
     head,
     memory_of_all_heads,
+    plain_metadata,
     vector,
 )
 
@@ -71,16 +72,9 @@ def separated(heads: int, width: int) -> NDArray[np.intp]:
 def _metadata(config: Config) -> dict[str, Value]:
     if config.get("apply_residual_connection_post_layernorm"):
         raise BadInput("this BLOOM adds its residual after the norm", "llama.cpp's bloom cannot: use the ONNX format")
-    memory = FAMILY.memory(config)
-    return {
-        "context_length": _context(config),
-        "embedding_length": _width(config),
-        "feed_forward_length": 4 * _width(config),
-        "block_count": memory.layers,
-        "attention.head_count": memory.heads,
-        "attention.head_count_kv": memory.heads,
-        "attention.layer_norm_epsilon": configuration.real(config, "layer_norm_epsilon", 1e-5),
-    }
+    memory, width = FAMILY.memory(config), _width(config)
+    shared = plain_metadata(config, memory, width, 4 * width, _context(config))
+    return {**shared, "attention.head_count_kv": memory.heads}
 
 
 def _context(config: Config) -> int:

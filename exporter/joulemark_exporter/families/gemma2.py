@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from joulemark_exporter import configuration
-from joulemark_exporter.families import Config, Value, _decoder, _gemma
+from joulemark_exporter.families import Config, Value, _gemma
 
 LARGE_LAYERS = 46
 """Of the 27B model."""
@@ -17,18 +17,4 @@ def _more_metadata(config: Config) -> dict[str, Value]:
     }
 
 
-FAMILY = _decoder.family(
-    _decoder.Layout(
-        model_types=("gemma2",),
-        gguf="gemma2",
-        class_name="Gemma2ForCausalLM",
-        activation=_decoder.GELU,
-        norms=_gemma.NORMS,
-        norm_offset=1.0,
-        tied=True,
-        defaults={"head_dim": 256},
-        check=lambda config: _gemma.check(config, LARGE_LAYERS),
-        more_metadata=_more_metadata,
-        more_from_gguf=lambda config: {"query_pre_attn_scalar": _gemma.divisor(config, LARGE_LAYERS)},
-    )
-)
+FAMILY = _gemma.family("gemma2", "gemma2", "Gemma2ForCausalLM", LARGE_LAYERS, _more_metadata)

@@ -13,7 +13,6 @@ PERIOD = 6
 
 
 def _check(config: Config) -> None:
-    _gemma.check(config, LARGE_LAYERS)
     kinds, layers = config.get("layer_types"), range(_decoder.sizes(config).layers)
     pattern = ["full_attention" if (layer + 1) % PERIOD == 0 else "sliding_attention" for layer in layers]
     if kinds is not None and kinds != pattern:
@@ -29,19 +28,6 @@ def _more_metadata(config: Config) -> dict[str, Value]:
     return values
 
 
-FAMILY = _decoder.family(
-    _decoder.Layout(
-        model_types=("gemma3_text",),
-        gguf="gemma3",
-        class_name="Gemma3ForCausalLM",
-        activation=_decoder.GELU,
-        norms=_gemma.NORMS,
-        head_norms=True,
-        norm_offset=1.0,
-        tied=True,
-        defaults={"head_dim": 256},
-        check=_check,
-        more_metadata=_more_metadata,
-        more_from_gguf=lambda config: {"query_pre_attn_scalar": _gemma.divisor(config, LARGE_LAYERS)},
-    )
+FAMILY = _gemma.family(
+    "gemma3_text", "gemma3", "Gemma3ForCausalLM", LARGE_LAYERS, _more_metadata, _check, head_norms=True
 )

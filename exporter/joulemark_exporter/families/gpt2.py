@@ -14,6 +14,7 @@ from joulemark_exporter.families import (
     affine_norm,
     head,
     memory_of_all_heads,
+    plain_metadata,
     vector,
 )
 
@@ -61,15 +62,7 @@ def _metadata(config: Config) -> dict[str, Value]:
         )
     if config.get("scale_attn_by_inverse_layer_idx") or config.get("scale_attn_weights") is False:
         raise BadInput("this GPT-2 scales its attention otherwise", "llama.cpp's gpt2 cannot: use the ONNX format")
-    memory = FAMILY.memory(config)
-    return {
-        "block_count": memory.layers,
-        "context_length": _positions(config),
-        "embedding_length": _width(config),
-        "feed_forward_length": _inner(config),
-        "attention.head_count": memory.heads,
-        "attention.layer_norm_epsilon": configuration.real(config, "layer_norm_epsilon", 1e-5),
-    }
+    return plain_metadata(config, FAMILY.memory(config), _width(config), _inner(config), _positions(config))
 
 
 def _width(config: Config) -> int:

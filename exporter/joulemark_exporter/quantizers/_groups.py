@@ -33,10 +33,6 @@ class GroupOptions(Settings):
         """The grid that these options describe."""
         return Rounding(self.bits, self.group_size, self.symmetric, self.search)
 
-    def title(self, method: str) -> str:
-        """What people call the result."""
-        return f"{method}-{self.bits}-g{self.group_size}" if self.group_size > 0 else f"{method}-{self.bits}-rows"
-
 
 def check(task: Task, options: GroupOptions) -> IntegerForm:
     """See the contract."""

@@ -67,7 +67,7 @@ def quantize(task: Task, options: Options) -> Choices:
     for name in wanted:
         chosen[name] = Integers(functools.partial(finished.matrix, name), options.form())
     return Choices(
-        chosen, options.title("GPTQ"), {"gptq.json": json.dumps({"layers": finished.notes()}, indent=1).encode()}
+        chosen, options.form().title("GPTQ"), {"gptq.json": json.dumps({"layers": finished.notes()}, indent=1).encode()}
     )
 
 

@@ -64,8 +64,7 @@ def _type(task: Task, name: str, options: Options) -> str:
 def _title(task: Task, chosen: dict[str, Choice]) -> str:
     forms = {choice.form for choice in chosen.values() if isinstance(choice, Integers)}
     if forms:
-        form = next(iter(forms))
-        return f"GPTQ-{form.bits}-g{form.group_size}" if form.group_size > 0 else f"GPTQ-{form.bits}-rows"
+        return next(iter(forms)).title("GPTQ")
     matrices = task.family.matrices(task.model.config)
     kinds = {choice.type_name for name, choice in chosen.items() if isinstance(choice, Rounded) and name in matrices}
     return kinds.pop() if len(kinds) == 1 else "mixed"

@@ -29,7 +29,7 @@ def quantize(task: Task, options: Options) -> Choices:
     chosen = floats(task, options)
     for name, linear in grouped(task, options.group_size):
         chosen[name] = Integers(functools.partial(_round, task, name, linear, options.rounding()), options.form())
-    return Choices(chosen, options.title("RTN"))
+    return Choices(chosen, options.form().title("RTN"))
 
 
 def _round(task: Task, name: str, linear: Linear, rounding: Rounding) -> GroupQuantized:

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import onnx
 
-from joulemark.artifact import hash_file
+from joulemark import artifact, graph_form
 from joulemark.errors import BadInput
+from joulemark.graph_form import GraphFacts
 from joulemark.wire import FileEntry, Manifest
 from joulemark_exporter import configuration, onnx_graph, onnx_packed, torch_model
 from joulemark_exporter.group_quantized import GroupQuantized
@@ -75,14 +76,17 @@ def check(task: Task, options: Options, form: IntegerForm | None) -> None:
 
 def write(task: Task, choices: Choices, folder: Path, options: Options) -> Written:
     """See the contract."""
+    # Once in the working folder, and once more when it is published; of integers as if all were eight bits.
+    width = {"fp32": 4, "fp16": 2}.get(options.precision, 1)
+    artifact.check_space(folder, 2 * width * sum(weight.size for weight in task.model.weights.values()))
     write_tokenizer(task, folder)
-    path, about = folder / "model.onnx", facts(task, choices, options)
+    path = folder / "model.onnx"
     task.say("writing the graph", 0, 1)
     integers = options.precision.startswith("int")
     instead = onnx_packed.modules(task, choices, options.accuracy_level) if integers else None
     module = torch_model.build(task.model, task.family, instead)
     memory = task.family.memory(task.model.config)
-    files = onnx_graph.write(module, memory, path, about, halved=options.precision != "fp32")
+    files = onnx_graph.write(module, memory, path, facts(task, choices, options), halved=options.precision != "fp32")
     task.say("writing the graph", 1, 1)
     beside = tuple(folder / name for name in ("tokenizer.json", "tokenizer_config.json"))
     return Written(
@@ -107,22 +111,22 @@ def tools(options: Options) -> tuple[str, ...]:
 def describe(task: Task, choices: Choices, written: Written) -> Manifest:
     """See the contract."""
     graph = [path for path in written.files if path.name.startswith("model.onnx")]
-    about = {item.key: item.value for item in onnx.load(graph[0], load_external_data=False).metadata_props}
-    told: dict[str, Any] = {key.removeprefix(onnx_graph.PREFIX): json.loads(value) for key, value in about.items()}
+    metadata = onnx.load(graph[0], load_external_data=False).metadata_props
+    told = graph_form.from_metadata({item.key: item.value for item in metadata})
     template = json.loads((graph[0].parent / "tokenizer_config.json").read_bytes())["chat_template"]
     entries = {
-        path.name: FileEntry(path=path.name, size_bytes=path.stat().st_size, sha256=hash_file(path))
+        path.name: FileEntry(path=path.name, size_bytes=path.stat().st_size, sha256=artifact.hash_file(path))
         for path in written.files
     }
     return Manifest(
         name=task.name,
         format="onnx",
         files=tuple(entries.values()),
-        architecture=told["architecture"],
-        quantization=told["quantization"],
-        parameters=told["parameters"],
+        architecture=told.architecture,
+        quantization=told.quantization,
+        parameters=told.parameters,
         weight_bytes=sum(entries[path.name].size_bytes for path in graph),
-        context_tokens=told["context_tokens"],
+        context_tokens=told.context_tokens,
         chat_template_sha256=None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         tokenizer_sha256=entries["tokenizer.json"].sha256,
         licence=task.licence,
@@ -148,22 +152,21 @@ def _rows(matrix: GroupQuantized, turned: bool, start: int, stop: int) -> Float3
     return (values.T.copy() if turned else values)[start:stop]
 
 
-def facts(task: Task, choices: Choices, options: Options) -> dict[str, Any]:
+def facts(task: Task, choices: Choices, options: Options) -> GraphFacts:
     """What an engine must know beside the graph."""
     config = task.model.config
-    numbers = sum(weight.size for weight in task.model.weights.values())
-    return {
-        "architecture": config["model_type"],
-        "precision": options.precision,
-        "quantization": choices.title if options.precision.startswith("int") else options.precision,
-        "parameters": numbers,
-        "context_tokens": task.family.context(config),
-        "vocabulary": int(config["vocab_size"]),
-        "end_tokens": _end_tokens(task),
-    }
+    return GraphFacts(
+        architecture=config["model_type"],
+        precision=options.precision,
+        quantization=choices.title if options.precision.startswith("int") else options.precision,
+        parameters=sum(weight.size for weight in task.model.weights.values()),
+        context_tokens=task.family.context(config),
+        vocabulary=int(config["vocab_size"]),
+        end_tokens=_end_tokens(task),
+    )
 
 
-def _end_tokens(task: Task) -> list[int]:
+def _end_tokens(task: Task) -> tuple[int, ...]:
     """Ids that end a generation: what configuration and generation settings say, and tokens that always do."""
     found: set[int] = set()
     for name in ("config.json", "generation_config.json"):
@@ -174,7 +177,7 @@ def _end_tokens(task: Task) -> list[int]:
 
     vocabulary = AutoTokenizer.from_pretrained(task.model.folder, trust_remote_code=False).get_added_vocab()
     found.update(vocabulary[token] for token in ENDS if token in vocabulary)
-    return sorted(found)
+    return tuple(sorted(found))
 
 
 def write_tokenizer(task: Task, folder: Path) -> None:
