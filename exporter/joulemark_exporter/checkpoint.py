@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401 # pyright: ignore[reportUnusedImport]  # tells numpy what bfloat16 is
 import numpy as np
 from safetensors import SafetensorError, safe_open
 

@@ -19,8 +19,8 @@ Float32 = NDArray[np.float32]
 SEARCH_STEPS = 80
 SEARCH_GRID = 100
 SEARCH_NORM = 2.4
-PIECE = 1 << 16
-"""Numbers that are worked on at a time: what fits the second-level cache with its intermediates."""
+PIECE = 1 << 18
+"""Numbers that are worked on at a time: few enough for the caches, and so many that threads seldom wait for the interpreter."""
 SMALLEST = np.float32(2**-24)
 """The smallest float16 above zero."""
 
@@ -44,8 +44,10 @@ def scales_and_zeros(groups: Float32, grid: Rounding) -> tuple[Float32, Float32]
 
     Raises BadInput for values that are not finite or whose scale float16 cannot hold.
     """
-    low = np.minimum(groups.min(-1), 0)
-    high = np.maximum(groups.max(-1), 0)
+    # Members first: numpy finds the extremes of many short rows six times as fast along the other axis, the turning included.
+    members = np.ascontiguousarray(groups.reshape(-1, groups.shape[-1]).T)
+    low = np.minimum(members.min(0), 0).reshape(groups.shape[:-1])
+    high = np.maximum(members.max(0), 0).reshape(groups.shape[:-1])
     # A sum is finite only if all of it is; NaN and infinity pass through minimum and maximum.
     if not np.isfinite(low + high).all():
         raise BadInput("a weight is NaN or infinite", "the checkpoint or an adapter is damaged")

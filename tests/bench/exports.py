@@ -49,13 +49,14 @@ RANK = 16
 FOLD_AND_WRITE = """
 import sys
 from pathlib import Path
-from joulemark_exporter import lora, models
-from joulemark_exporter.quantizers import rtn
+from joulemark_exporter import families, lora, models
+from joulemark_exporter.quantizers import Task, rtn
+from joulemark_exporter.recipe import CalibrationSettings
 from joulemark_exporter.writers import gguf
-from tests.fixtures.exporting import task_of
 base, adapter, out = map(Path, sys.argv[1:4])
 model = lora.fold(models.open_model(str(base), out), [(lora.read_adapter(adapter), 1.0)])
-task = task_of(model, out)
+family = families.find(model.model_type)
+task = Task("large", None, model, family, CalibrationSettings(), cache=out, threads=2, work=out, say=lambda *_: None)
 gguf.write(task, rtn.quantize(task, rtn.Options()), out, gguf.Options(tokenizer_pre="gpt-2"))
 """
 QUANTIZE_BY_LLAMA = """
