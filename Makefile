@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := agent exporter host deploy tests
 
-.PHONY: demo test bench study install install-export install-test lint types imports clean
+.PHONY: demo test bench study install install-export install-optimum install-test lint types imports clean
 
 demo: $(VENV)/.installed
 	$(BIN)/joulemark demo --out demo-output
@@ -21,6 +21,7 @@ study: $(VENV)/.installed-test
 
 install: $(VENV)/.installed
 install-export: $(VENV)/.installed-export
+install-optimum: $(VENV)-optimum/.installed
 install-test: $(VENV)/.installed-test
 
 $(BIN)/python:
@@ -36,6 +37,14 @@ $(VENV)/.installed-export: $(VENV)/.installed
 	@echo "installing what the exporter needs (torch, transformers, onnx: a few minutes)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[agent,llama,onnx,host,export]'
+	@touch $@
+
+# Beside the other environment, where the exporter looks for it: optimum's exporter needs a transformers that is older than the exporter's.
+$(VENV)-optimum/.installed: pyproject.toml
+	@echo "installing optimum in an environment of its own (torch once more: a minute or two)"
+	$(PYTHON) -m venv $(VENV)-optimum
+	$(VENV)-optimum/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0
+	$(VENV)-optimum/bin/python -m pip install -q --disable-pip-version-check -e '.[export-optimum]'
 	@touch $@
 
 # torch is named with its exact version: the newest one is a build of several gigabytes for graphics cards.
@@ -56,4 +65,4 @@ imports: $(VENV)/.installed-test
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) demo-output study-output build dist
+	rm -rf $(VENV) $(VENV)-optimum demo-output study-output build dist

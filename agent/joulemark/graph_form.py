@@ -1,4 +1,6 @@
-"""The form of Joulemark's ONNX graphs: what they take and give, and what they say of the model. The exporter writes them, agents run them.
+"""The two forms of ONNX graphs: what they take and give, and what they say of the model. The exporter writes them, agents run them.
+
+**Growing**, of torch's exporter: the memory grows in place where present is bound to the buffer of past, and masks are the caller's.
 
     input_ids, position_ids   (batch, tokens)            int64
     attention_bias            (1, 1, tokens, keys)       float32, added to the scores: 0, or HIDDEN for keys that a token must not see
@@ -9,20 +11,28 @@
     past_key_values.N.key / .value   (batch, key heads, capacity, head size) float32
     → logits (batch, wanted, vocabulary) · present.N.key / .value, as large as the past, or as `total_keys` where that is more
 
-The memory grows in place where present is bound to the buffer of past. Metadata are JSON values under `joulemark.`. Knows no engine.
+**Rebuilt**, of optimum: every call copies the past, and a token sees all keys before it that the mask shows.
+
+    input_ids                 (batch, tokens)            int64
+    attention_mask            (batch, past + tokens)     int64: 1 for keys that are seen
+    position_ids              (batch, tokens)            int64; some families lack it: the first key then stands at position 0
+    past_key_values.N.key / .value   (batch, key heads, past, head size) float32
+    → logits (batch, tokens, vocabulary) · present.N.key / .value (batch, key heads, past + tokens, head size)
+
+Metadata of both are JSON values under `joulemark.`. Knows no engine.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Annotated
+from collections.abc import Collection, Mapping
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from joulemark.wire import Identifier, Wire
 
-INPUTS = (
+GROWING_INPUTS = (
     "input_ids",
     "position_ids",
     "attention_bias",
@@ -31,10 +41,26 @@ INPUTS = (
     "total_keys",
     "logit_positions",
 )
+REBUILT_INPUTS = ("input_ids", "attention_mask")
+POSITIONS = "position_ids"
+"""What a rebuilt graph may take beside them."""
 PAST, PRESENT, LOGITS = "past_key_values.", "present.", "logits"
 HIDDEN = -1e9
 """Added to the score of a key that a token must not see: its weight is then exactly 0."""
 PREFIX = "joulemark."
+
+
+Form = Literal["growing", "rebuilt"]
+
+
+def form_of(inputs: Collection[str]) -> Form | None:
+    """The form of a graph by the names of its inputs; None where it has neither."""
+    others = {name for name in inputs if not name.startswith(PAST)}
+    if len(others) == len(inputs):
+        return None
+    if others == set(GROWING_INPUTS):
+        return "growing"
+    return "rebuilt" if others - {POSITIONS} == set(REBUILT_INPUTS) else None
 
 
 class GraphFacts(Wire):

@@ -121,6 +121,8 @@ class Manifest(Wire):
     """None for a file that was published as it came."""
     required_memory_bytes: Annotated[int, Field(ge=1)] | None = None
     """Reckoned: loaded weights and the key-value memory of the whole context; the engine's own buffers come on top."""
+    loaded_weight_bytes: Annotated[int, Field(ge=1)] | None = None
+    """What the weights take once the engine has loaded them; None where that is `weight_bytes`."""
 
     @model_serializer(mode="wrap")
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -129,7 +131,7 @@ class Manifest(Wire):
         return {
             key: value
             for key, value in values.items()
-            if value is not None or key not in ("origin", "required_memory_bytes")
+            if value is not None or key not in ("origin", "required_memory_bytes", "loaded_weight_bytes")
         }
 
     @field_validator("files")
@@ -138,6 +140,11 @@ class Manifest(Wire):
         if len({entry.path for entry in files}) != len(files):
             raise ValueError("two files have the same name")
         return files
+
+    @property
+    def memory_of_weights(self) -> int:
+        """Bytes that the loaded weights take: never fewer than are stored."""
+        return max(self.weight_bytes, self.loaded_weight_bytes or 0)
 
     @property
     def bits_per_weight(self) -> float:

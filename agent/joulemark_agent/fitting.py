@@ -18,7 +18,7 @@ ENGINE_OVERHEAD_BYTES = 160 * 1024 * 1024
 
 def misfit(available_bytes: int | None, manifest: Manifest) -> Problem | None:
     """Why the model cannot be loaded into what is available, None when it can or when that is not known."""
-    needed = manifest.weight_bytes + ENGINE_OVERHEAD_BYTES
+    needed = manifest.memory_of_weights + ENGINE_OVERHEAD_BYTES
     if available_bytes is None or available_bytes >= needed:
         return None
     return Problem(
@@ -31,8 +31,8 @@ def misfit(available_bytes: int | None, manifest: Manifest) -> Problem | None:
 def cache_budget(available_bytes: int | None, manifest: Manifest) -> int:
     """What the key-value memory may take: half of what the weights and the engine leave of the available memory."""
     if available_bytes is None:
-        return manifest.weight_bytes
-    return max(0, available_bytes - manifest.weight_bytes - ENGINE_OVERHEAD_BYTES) // 2
+        return manifest.memory_of_weights
+    return max(0, available_bytes - manifest.memory_of_weights - ENGINE_OVERHEAD_BYTES) // 2
 
 
 def choose_backend(wanted: Sequence[str], artifact_format: str) -> str:

@@ -38,6 +38,9 @@ EPILOG = """An example of a recipe:
   samples = 128
   tokens = 512
   #
+  [writer]
+  use = "gguf"          # gguf, onnx, optimum (in an environment of its own: make install-optimum)
+  #
   [limits]              # what fails one of them is not published
   divergence = 0.3
   top1_agreement = 0.75

@@ -1,7 +1,7 @@
 """A causal language model as an ONNX graph with a key-value memory, through torch's exporter, for every family.
 
-Its form is `joulemark.graph_form`. Picking positions before the output matrix is applied saves a fifth of a small model's work. The class
-computes; nothing is rewritten here but floats stored in 16 bits."""
+Its form is the growing one of `joulemark.graph_form`. Picking positions before the output matrix is applied saves a fifth of a small
+model's work. The class computes; nothing is rewritten here but floats stored in 16 bits."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class _WithMemory(nn.Module):
 def names(layers: int) -> tuple[list[str], list[str]]:
     """(inputs, outputs) of the graph, in order."""
     parts = [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
-    inputs = [*graph_form.INPUTS, *(f"{graph_form.PAST}{part}" for part in parts)]
+    inputs = [*graph_form.GROWING_INPUTS, *(f"{graph_form.PAST}{part}" for part in parts)]
     return inputs, [graph_form.LOGITS, *(f"{graph_form.PRESENT}{part}" for part in parts)]
 
 
@@ -104,10 +104,10 @@ def write(model: Any, memory: Memory, path: Path, facts: GraphFacts, halved: boo
     proto = program.model_proto
     if halved:
         _halve(proto)
-    return _finish(proto, path, facts)
+    return save(proto, path, facts)
 
 
-def _finish(proto: onnx.ModelProto, path: Path, facts: GraphFacts) -> tuple[Path, ...]:
+def save(proto: onnx.ModelProto, path: Path, facts: GraphFacts) -> tuple[Path, ...]:
     """Writes a graph with its metadata: one file, or two where protobuf's limit asks for it. Returns them, the graph first."""
     helper.set_model_props(proto, graph_form.to_metadata(facts))
     large = sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > LARGEST_FILE

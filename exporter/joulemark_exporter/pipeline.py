@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,15 +24,16 @@ from typing import Any
 import numpy as np
 
 from joulemark import __version__, artifact, durable, plugins
-from joulemark.errors import BadInput, Conflict, DigestMismatch, MissingExtra, NotFound
+from joulemark.errors import BadInput, Conflict, DigestMismatch, NotFound
 from joulemark.wire import FileEntry, Manifest, Origin, Step, canonical_json, content_id
 from joulemark_exporter import calibration, families, hub_folder, lora, models, recipe, texts, verify
+from joulemark_exporter.group_quantized import IntegerForm
 from joulemark_exporter.peak_memory import peak_bytes
 from joulemark_exporter.probe import opened
-from joulemark_exporter.quantizers import Choices, Task
+from joulemark_exporter.quantizers import Choices, Numbers, Task
 from joulemark_exporter.recipe import Recipe
 from joulemark_exporter.weights import Model, Weight
-from joulemark_exporter.writers import Written
+from joulemark_exporter.writers import Written, versions
 
 PIECE = 1 << 22
 INPUTS = "inputs.json"
@@ -80,8 +80,9 @@ def export(request: Request, say: Say) -> Exported:
         return there
     with _working_folder(request, origin) as work:
         task = _task(request, model, work, say)
-        form = quantizer.check(task, chosen.quantizer)
-        writer.check(task, chosen.writer, form)
+        numbers: Numbers = quantizer.check(task, chosen.quantizer)
+        writer.check(task, chosen.writer, numbers)
+        form = numbers if isinstance(numbers, IntegerForm) else None
         if request.checkpoint is not None:
             hub_folder.check(task, request.checkpoint, form, _stored(model))
         probe = calibration.windows(model, probe_text(request), chosen.probe.windows, chosen.probe.tokens, None)
@@ -126,18 +127,15 @@ def _task(request: Request, model: Model, work: Path, say: Say) -> Task:
     )
 
 
-def _origin(request: Request, model: Model, calibrated: bool, packages: tuple[str, ...]) -> Origin:
+def _origin(request: Request, model: Model, calibrated: bool, tools: Mapping[str, str]) -> Origin:
     """Everything that decides about the result: two exports of the same origin and name are the same artifact."""
     steps = list(model.lineage)
     if calibrated:
         text = texts.load(request.recipe.calibration.dataset, request.cache)
         steps.append((f"calibration {text.name}", text.sha256))
-    try:
-        versions = {"joulemark": __version__} | {name: metadata.version(name) for name in (*TOOLS, *packages)}
-    except metadata.PackageNotFoundError as error:
-        raise MissingExtra(f"{error.name} is not installed", "make install-export") from error
     told = tuple(Step(name=name, sha256=sha256) for name, sha256 in steps)
-    return Origin(steps=told, recipe=request.recipe.plain(), tools=versions)
+    all_tools = {"joulemark": __version__, **versions(*TOOLS), **tools}
+    return Origin(steps=told, recipe=request.recipe.plain(), tools=all_tools)
 
 
 @contextmanager
@@ -242,12 +240,12 @@ def _manifest(task: Task, writer: ModuleType, choices: Choices, written: Written
     for name, content in sorted(choices.tables.items()):
         durable.replace_file(main.parent / name, [content])
         extra.append(FileEntry(path=name, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest()))
-    weights = manifest.weight_bytes if written.resident_bytes is None else written.resident_bytes
+    manifest = manifest.model_copy(update={"loaded_weight_bytes": written.loaded_weight_bytes})
     memory = task.family.memory(task.model.config).numbers * written.memory_number_bytes
     changed = {
         "origin": origin,
         "files": (*manifest.files, *extra),
-        "required_memory_bytes": weights + manifest.context_tokens * memory,
+        "required_memory_bytes": manifest.memory_of_weights + manifest.context_tokens * memory,
     }
     return Manifest.model_validate({**dict(manifest), **changed})
 
@@ -264,7 +262,7 @@ def _verify(
     stored = replace(task.model, weights=read_back)
     with opened(written.engine, written.files[0], request.threads) as session:
         verify.check_text(session, task.model)
-        verify.check_faithful(session, stored, task.family, probe)
+        verify.check_faithful(session, stored, task.family, probe, written.exact)
         walk, states = verify.reference_states(task.model, task.family, probe.tokens, task.say)
         findings = verify.compare(session, probe, walk, states)
     broken = verify.failures(findings, manifest.bits_per_weight, request.recipe.limits)

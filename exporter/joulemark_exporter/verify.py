@@ -40,6 +40,8 @@ Say = Callable[[str, int, int], None]
 FAITHFUL = 0.05
 """Nats. llama.cpp rounds activations to eight bits for quantized weights, which cost 0.003 on SmolLM2 in Q4_1; a wrong rotary base costs
 about one."""
+EXACT = 1e-6
+"""Nats, of an engine that rounds nothing but the last bits of 32-bit floats."""
 FAITHFUL_WINDOWS = 2
 
 
@@ -141,13 +143,14 @@ def check_text(session: Probe, model: Model) -> None:
         raise BadInput("the artifact's chat template is not the model's", "this is a defect of the writer")
 
 
-def check_faithful(session: Probe, read_back: Model, family: Family, windows: Windows) -> float:
+def check_faithful(session: Probe, read_back: Model, family: Family, windows: Windows, exact: bool = False) -> float:
     """The divergence between the engine and transformers on the very weights that the file holds: what the writer did wrong (a rotary
-    base, a permutation, a norm), apart from what was lost by quantizing. Raises BadInput when it is more than the engine's own rounding."""
+    base, a permutation, a norm), apart from what was lost by quantizing. Raises BadInput when it is more than the engine's own rounding,
+    of which an `exact` one has next to none."""
     some = dataclasses.replace(windows, tokens=windows.tokens[:FAITHFUL_WINDOWS])
     walk, states = reference_states(read_back, family, some.tokens)
     divergence = compare(session, some, walk, states).divergence
-    if divergence > FAITHFUL:
+    if divergence > (EXACT if exact else FAITHFUL):
         raise BadInput(
             f"the engine computes something else from this file than its weights say: divergence {divergence:.3g}",
             "this is a defect of the writer (rotary embedding, order of rows, norms): please report it with the model's config.json",

@@ -250,11 +250,12 @@ def _sampler() -> Iterator[Callable[[signal.Signals], None]]:
 def measure_engines(bench: Bench) -> Iterator[Figure]:
     """ONNX Runtime beside llama.cpp on the same weights, in float32 and in four bits: said, not judged, as nothing is required of it."""
     with tempfile.TemporaryDirectory(prefix="joulemark-bench-") as folder:
-        for name, sessions in engines.pairs_of_sessions(Path(folder), bench.threads):
-            for work, pairs in engines.compare(sessions, bench.scoring, bench.generating):
+        for contest in engines.contests(Path(folder), bench.threads):
+            one, other = contest.names
+            for work, pairs in engines.compare(contest.sessions, bench.scoring, bench.generating):
                 ours, theirs = pairs.rates()
                 ratio = f"{statistics.median(pairs.ratios):.2f} times"
-                say(f"  {name}, {work}: ONNX Runtime {ours:.1f}, llama.cpp {theirs:.1f} per second, {ratio}")
+                say(f"  {contest.held}, {work}: {one} {ours:.1f}, {other} {theirs:.1f} per second, {ratio}")
     yield from ()
 
 

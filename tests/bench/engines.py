@@ -1,17 +1,18 @@
-"""Both engines on the same weights: SmolLM2-135M in float32 and in four bits, as GGUF and as a graph."""
+"""Both engines on the same weights: SmolLM2-135M in float32 and in four bits, as GGUF and as a graph; and optimum's graph beside ours."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
 from joulemark import sources
 from joulemark_agent.backends import Choice, GenerateRequest, Options, ScoreRequest, Session, llamacpp, onnx
-from joulemark_exporter import models
+from joulemark_exporter import models, optimum_environment
 from joulemark_exporter.quantizers import none, rtn
-from joulemark_exporter.writers import gguf
+from joulemark_exporter.writers import gguf, optimum
 from joulemark_exporter.writers import onnx as graphs
 from tests.bench.pairs import Pairs, take_turns
 from tests.fixtures.exporting import task_of
@@ -23,24 +24,43 @@ PAIRS = 9
 Sessions = tuple[Session, Session]
 
 
-def pairs_of_sessions(folder: Path, threads: int) -> Iterator[tuple[str, Sessions]]:
-    """(what they hold, (ONNX Runtime, llama.cpp)). Integers are those of round to nearest: the method changes no speed."""
+@dataclass(frozen=True)
+class Contest:
+    """What both hold, what the two are called, and their sessions."""
+
+    held: str
+    names: tuple[str, str]
+    sessions: Sessions
+
+
+def contests(folder: Path, threads: int) -> Iterator[Contest]:
+    """The pairs that are compared. Integers are those of round to nearest: the method changes no speed. optimum where it is installed."""
     cache = sources.default_cache()
     model = models.open_model(str(sources.fetch("smollm2-135m-instruct-q4_1", cache)), cache)
     options = Options(threads=threads, model_sha256="0" * 64)
-    for name in ("float32", "four bits"):
+    forms = (
+        ("float32", "four bits", "float32 by optimum") if optimum_environment.is_there() else ("float32", "four bits")
+    )
+    for name in forms:
         place = folder / name.replace(" ", "-")
         place.mkdir()
         task = task_of(model, place)
-        if name == "float32":
-            chosen, settings = none.quantize(task, none.Options(type="F32")), graphs.Options()
-        else:
+        if name == "four bits":
             chosen, settings = rtn.quantize(task, rtn.Options()), graphs.Options(precision="int4")
-        graph = graphs.write(task, chosen, place, settings).files[0]
-        file = gguf.write(task, chosen, place, gguf.Options()).files[0]
-        sessions = onnx.open_session(graph, options), llamacpp.open_session(file, options)
-        yield name, sessions
-        for session in sessions:
+        else:
+            chosen, settings = none.quantize(task, none.Options(type="F32")), graphs.Options()
+        graph = onnx.open_session(graphs.write(task, chosen, place, settings).files[0], options)
+        if name == "float32 by optimum":
+            (place / "optimum").mkdir()
+            other = optimum.write(task, chosen, place / "optimum", optimum.Options()).files[0]
+            contest = Contest(
+                name, ("optimum's graph", "the onnx writer's"), (onnx.open_session(other, options), graph)
+            )
+        else:
+            file = gguf.write(task, chosen, place, gguf.Options()).files[0]
+            contest = Contest(name, ("ONNX Runtime", "llama.cpp"), (graph, llamacpp.open_session(file, options)))
+        yield contest
+        for session in contest.sessions:
             session.close()
 
 

@@ -40,6 +40,12 @@ MODELS = {
     "llama as a graph": Kind("onnx", lambda folder: tiny_graphs.write(folder, "llama"), end=(1, 65)),
     "gemma3 as a graph, sliding window": Kind("onnx", lambda folder: tiny_graphs.write(folder, "gemma3"), end=(1, 65)),
     "bloom as a graph, alibi": Kind("onnx", lambda folder: tiny_graphs.write(folder, "bloom"), end=(1, 65)),
+    "llama by optimum": Kind(
+        "onnx", lambda folder: tiny_graphs.write(folder, "llama", optimum=True), branches=False, end=(1, 65)
+    ),
+    "gemma3 by optimum, which counts positions by itself": Kind(
+        "onnx", lambda folder: tiny_graphs.write(folder, "gemma3", optimum=True), branches=False, end=(1, 65)
+    ),
 }
 QUESTIONS = [
     ScoreRequest(

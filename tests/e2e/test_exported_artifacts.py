@@ -1,5 +1,5 @@
 """What the exporter publishes goes to a real agent as it is, several files and all, and runs there: GGUF with tables beside it, ONNX with
-its weights and tokenizer in files of their own."""
+its weights and tokenizer in files of their own, optimum's graphs too."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from joulemark_exporter import onnx_graph, pipeline
 from joulemark_host.client import AgentClient
 from joulemark_host.publishing import publish_model
 from joulemark_host.shelf import Shelf
-from tests.fixtures import exporting, hub_models
+from tests.fixtures import exporting, hub_models, tiny_graphs
 from tests.fixtures.agent_process import AgentProcess
 from tests.fixtures.small_world import make_files, make_machine, make_spec
 
 WRITERS = {
     "gguf": ("use = 'gptq'", ""),
     "onnx": ("use = 'gptq'", "[writer]\nuse = 'onnx'\nprecision = 'int4'\naccuracy_level = 1\n"),
+    "optimum": ("use = 'none'", "[writer]\nuse = 'optimum'\n"),
 }
 
 
 @pytest.fixture(scope="module", params=list(WRITERS))
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "optimum":
+        tiny_graphs.need_optimum()
     folder = tmp_path_factory.mktemp("exported")
     hub_models.write(folder / "base", "llama")
     quantizer, writer = WRITERS[request.param]

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from joulemark.errors import EngineFailed
+from joulemark_exporter import onnx_artifact
 from joulemark_exporter.quantizers import none
-from joulemark_exporter.writers import gguf, onnx
+from joulemark_exporter.writers import gguf
 from tests.fixtures import exporting, hub_models
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed: make install-test")
@@ -36,7 +37,7 @@ def both(folder: Path, sentencepiece: bool, begins: bool) -> tuple[OnnxTokenizer
         hub_models.write_tokenizer(folder / "base", begins=begins)
     given = exporting.task(folder / "base", folder)
     (folder / "out").mkdir()
-    onnx.write_tokenizer(given, folder / "out")
+    onnx_artifact.write_tokenizer(given, folder / "out")
     path = gguf.write(given, none.quantize(given, none.Options()), folder / "out", gguf.Options()).files[0]
     return OnnxTokenizer(folder / "out", [1]), Model(path)
 

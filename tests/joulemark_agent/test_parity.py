@@ -189,6 +189,22 @@ def test_as_a_graph_smollm2_is_transformers(arc: Arc, graph: Path) -> None:
 
 @pytest.mark.model
 @pytest.mark.timeout(1500)
+def test_as_optimum_s_graph_smollm2_is_transformers(arc: Arc, smollm2: Path, tmp_path: Path) -> None:
+    from joulemark_exporter import models
+    from tests.fixtures import tiny_graphs
+
+    path = tiny_graphs.write_of(models.open_model(str(smollm2), tmp_path), tmp_path / "graph", optimum=True)
+    session = onnx.open_session(path, Options(threads=2, model_sha256="0" * 64))
+    equal, differences, _ = arc.compare(session, EXACT_ITEMS)
+    session.close()
+    path.unlink()
+    print(f"optimum: acc_norm choices equal: {equal}/{EXACT_ITEMS}, largest |Δ log p| per token {max(differences):.1e}")
+    assert equal == EXACT_ITEMS
+    assert max(differences) < 1e-3
+
+
+@pytest.mark.model
+@pytest.mark.timeout(1500)
 def test_smollm2_chooses_as_transformers_does(arc: Arc, smollm2: Path) -> None:
     session = open_model(smollm2)
     equal, differences, scores = arc.compare(session, ITEMS)

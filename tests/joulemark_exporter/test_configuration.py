@@ -12,6 +12,7 @@ import torch
 
 from joulemark.errors import BadInput, NotFound
 from joulemark_exporter import configuration
+from joulemark_exporter.quantizers import Floats
 from joulemark_exporter.writers import gguf as writer
 from tests.fixtures import hub_models
 from tests.fixtures.exporting import engine_logits, some_tokens, task, write
@@ -60,7 +61,7 @@ def test_a_rotary_base_that_is_nowhere_is_not_guessed(tmp_path: Path) -> None:
     del config["rope_parameters"]
     path.write_text(json.dumps(config))
     with pytest.raises(BadInput, match="no rotary base"):
-        writer.check(task(tmp_path / "model", tmp_path), writer.Options(), None)
+        writer.check(task(tmp_path / "model", tmp_path), writer.Options(), Floats())
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,13 @@ from joulemark.sources import default_cache
 from joulemark_exporter import recipe
 from joulemark_exporter.quantizers import Task
 from joulemark_exporter.recipe import CalibrationSettings
-from joulemark_exporter.writers import gguf, onnx
+from joulemark_exporter.writers import gguf, onnx, optimum
 from tests.fixtures import hub_models
 from tests.fixtures.exporting import task
 
 README = Path(__file__).parents[2] / "README.md"
 OPTIONS: dict[str, dict[str, Any]] = {"lobi": {"bits_per_weight": 6.0, "windows": 1, "tokens": 32}}
-NEEDED = {"none": "fp32", "rtn": "int4", "gptq": "int4"}
-"""The graph's precision for what a quantizer gives."""
+WRITERS = {"GGUF": gguf, "ONNX": onnx, "optimum": optimum}
 
 
 def quantizers() -> dict[str, ModuleType]:
@@ -36,34 +35,38 @@ def quantizers() -> dict[str, ModuleType]:
 
 def refusal(given: Task, name: str, module: ModuleType, writer: ModuleType) -> str | None:
     """Why the exporter refuses the combination, or None."""
-    options = module.Options(**OPTIONS.get(name, {}))
-    settings = onnx.Options(precision=NEEDED.get(name, "int4")) if writer is onnx else gguf.Options()  # type: ignore[arg-type]
     try:
-        writer.check(given, settings, module.check(given, options))
+        numbers = module.check(given, module.Options(**OPTIONS.get(name, {})))
+        settings = writer.Options(precision="int4") if writer is onnx and name != "none" else writer.Options()
+        writer.check(given, settings, numbers)
     except BadInput as error:
         return str(error).partition("\n")[0]
     return None
 
 
 def table(folder: Path) -> str:
-    """The table in Markdown, its reasons as footnotes."""
-    columns = [(name, module, writer) for writer in (gguf, onnx) for name, module in quantizers().items()]
-    reasons: list[str] = []
-    rows: list[str] = []
+    """The table in Markdown, its reasons as footnotes. Columns in which nothing works are named below it."""
+    cells: dict[str, list[str | None]] = {}
     for family in hub_models.FAMILIES:
         hub_models.write(folder / family, family)
         given = task(folder / family, folder)
-        cells: list[str] = []
-        for name, module, writer in columns:
-            why = refusal(given, name, module, writer)
-            if why is not None and why not in reasons:
-                reasons.append(why)
-            cells.append("✓" if why is None else f"{reasons.index(why) + 1}")
-        rows.append(f"| {family} | " + " | ".join(cells) + " |")
-    names = [f"{name} → {'GGUF' if writer is gguf else 'ONNX'}" for name, _, writer in columns]
-    head = ["| family | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for title, writer in WRITERS.items():
+            for name, module in quantizers().items():
+                cells.setdefault(f"{name} → {title}", []).append(refusal(given, name, module, writer))
+    kept = {column: found for column, found in cells.items() if None in found}
+    reasons = list(dict.fromkeys(why for row in zip(*kept.values(), strict=True) for why in row if why is not None))
+    rows = [
+        f"| {family} | " + " | ".join("✓" if why is None else f"{reasons.index(why) + 1}" for why in found) + " |"
+        for family, found in zip(hub_models.FAMILIES, zip(*kept.values(), strict=True), strict=True)
+    ]
+    head = ["| family | " + " | ".join(kept) + " |", "|---" * (len(kept) + 1) + "|"]
     notes = [f"{number}. {why}" for number, why in enumerate(reasons, 1)]
-    return "\n".join([*head, *rows, "", *notes]) + "\n"
+    never: dict[str, list[str]] = {}
+    for column, found in cells.items():
+        if column not in kept:
+            never.setdefault(str(found[0]), []).append(column)
+    refused = [f"- {', '.join(columns)}: {why}" for why, columns in never.items()]
+    return "\n".join([*head, *rows, "", *notes, "", "For no family:", "", *refused]) + "\n"
 
 
 def test_the_readme_says_what_the_exporter_says(tmp_path: Path) -> None:

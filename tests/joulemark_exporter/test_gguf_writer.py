@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from joulemark.errors import BadInput
-from joulemark_exporter.quantizers import Integers, none, rtn
+from joulemark_exporter.quantizers import Floats, Integers, none, rtn
 from joulemark_exporter.writers import gguf as writer
 from tests.fixtures import hub_models, llama_cpp_source
 from tests.fixtures.exporting import engine_logits, some_tokens, task, write
@@ -85,7 +85,7 @@ def _facts(reader: gguf.GGUFReader) -> dict[str, Any]:
 def test_llama_cpp_has_no_opt(tmp_path: Path) -> None:
     hub_models.write(tmp_path / "model", "opt")
     with pytest.raises(BadInput, match="no OPT"):
-        writer.check(task(tmp_path / "model", tmp_path), writer.Options(), None)
+        writer.check(task(tmp_path / "model", tmp_path), writer.Options(), Floats())
 
 
 @pytest.mark.parametrize(

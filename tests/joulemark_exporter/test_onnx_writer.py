@@ -16,9 +16,9 @@ import torch
 from joulemark import artifact
 from joulemark.errors import BadInput
 from joulemark.graph_form import HIDDEN
-from joulemark_exporter import onnx_graph, onnx_packed, pipeline
+from joulemark_exporter import onnx_artifact, onnx_attention, onnx_graph, onnx_packed, pipeline
 from joulemark_exporter.group_quantized import GroupQuantized, IntegerForm
-from joulemark_exporter.quantizers import Integers, gptq, none
+from joulemark_exporter.quantizers import Floats, GgufTypes, Integers, gptq
 from joulemark_exporter.writers import onnx as writer
 from tests.fixtures import hub_models
 from tests.fixtures.exporting import quiet, request, task
@@ -69,7 +69,7 @@ def test_the_graph_computes_what_transformers_computes(family: str, tmp_path: Pa
         other = torch.cat([tokens[:1, :20], tokens[1:, 20:24]], 1)
         second = model(other).logits.numpy()
     given = task(tmp_path / "base", tmp_path)
-    facts = writer.facts(given, none.quantize(given, none.Options()), writer.Options())
+    facts = onnx_artifact.facts(given, "fp32", "fp32")
     onnx_graph.write(model, given.family.memory(given.model.config), tmp_path / "model.onnx", facts)
     ids, line = tokens.numpy(), np.arange(40)[None].repeat(2, 0)
     graph = Graph(tmp_path / "model.onnx", 2)
@@ -157,18 +157,38 @@ def test_what_the_graphs_cannot_hold_is_said_before(tmp_path: Path) -> None:
     hub_models.write(tmp_path / "odd", "llama", head_dim=12)
     given, odd = task(tmp_path / "model", tmp_path), task(tmp_path / "odd", tmp_path)
     int4 = writer.Options(precision="int4")
-    for which, options, form, words in (
+    floats = Floats()
+    for which, options, numbers, words in (
         (given, writer.Options(), IntegerForm(4, 32, True), "holds no integers"),
-        (given, int4, None, "needs integers"),
+        (given, int4, floats, "needs integers"),
+        (given, int4, GgufTypes(), "only GGUF has"),
+        (given, writer.Options(), GgufTypes(), "only GGUF has"),
+        (given, writer.Options(), Floats("F16"), "the writer F32"),
+        (given, writer.Options(precision="fp16"), Floats("BF16"), "the writer F16"),
+        (given, writer.Options(), Floats(embedding="Q8_0"), "Q8_0 has no place"),
         (given, int4, IntegerForm(8, 32, True), "cannot hold 8 bits"),
         (given, int4, IntegerForm(3, 32, True), "4 or 8 bits"),
         (given, int4, IntegerForm(4, 48, True), "4 or 8 bits"),
         (given, int4, IntegerForm(4, 32, True, contiguous=False), "4 or 8 bits"),
         (given, int4, IntegerForm(4, 32, True, embedding="Q6_K"), "Q6_K has no place"),
-        (odd, writer.Options(), None, "multiple of 8"),
+        (odd, writer.Options(), floats, "multiple of 8"),
     ):
         with pytest.raises(BadInput, match=words):
-            writer.check(which, options, form)
+            writer.check(which, options, numbers)
+
+
+def test_a_soft_cap_that_is_left_out_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers 4's fused attention does to Gemma 2: logits differ by a hundredth, which rounding alone never does."""
+    hub_models.write(tmp_path / "base", "gemma2")
+    attend = onnx_attention.Attention._attend
+
+    def uncapped(self: Any, *given: Any) -> Any:
+        return attend(self, *given[:-1], None)
+
+    monkeypatch.setattr(onnx_attention.Attention, "_attend", uncapped)
+    with pytest.raises(BadInput, match="something else from this file than its weights say"):
+        pipeline.export(request(tmp_path / "base", "use = 'none'", "[writer]\nuse = 'onnx'\n"), quiet)
+    assert not (tmp_path / "out").exists()
 
 
 def test_large_graphs_keep_their_weights_in_a_file_of_their_own(

@@ -1,8 +1,8 @@
 """The ONNX backend: graphs with key-value memory on the CPU through ONNX Runtime.
 
-Scoring walks `planning.plan` over one row of memory: the trunk grows in place, and the branches of a step stand behind it side by side,
-hidden from one another by a mask, until the next step writes over them. Generation has one row of memory a sequence, steps all of them
-together, and copies the prompts' common prefix instead of computing it again. Never reads a clock.
+Scoring walks `planning.plan` over one row of memory: the branches of a step stand behind the trunk side by side, hidden from one another by
+a mask, until the next step takes their place; a graph that takes no such mask has one branch a step. Generation has one row of memory a
+sequence, steps all of them together, and copies the prompts' common prefix instead of computing it again. Never reads a clock.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from joulemark.wire import EngineFacts
 from joulemark_agent.backends import Choice, Generated, GenerateRequest, Options, Scored, ScoreRequest, Session, Token
 from joulemark_agent.backends._generation import SHORT_PREFIX, Growing, Waiting, generate, prompt_of_stream
 from joulemark_agent.backends._logits import log_probability
-from joulemark_agent.backends._onnx_engine import Graph, Memory
+from joulemark_agent.backends._onnx_engine import Graph
+from joulemark_agent.backends._onnx_memory import Memory, memory_of
 from joulemark_agent.backends._onnx_tokenizer import OnnxTokenizer
 from joulemark_agent.backends._scoring import Owner, score
 from joulemark_agent.backends._token_choice import TokenChooser
@@ -53,6 +54,8 @@ class OnnxSession:
         self._options = options
         self._read = log_probability(graph.numpy, graph.facts.vocabulary)
         self._memory: Memory | None = None
+        self._branches = graph.branches
+        self._uneven = graph.uneven
         self._rows = options.sequences
         self._window = min(options.context_tokens or graph.facts.context_tokens, graph.facts.context_tokens)
 
@@ -74,7 +77,7 @@ class OnnxSession:
             context_tokens=self._window,
             kv_type="f32",
             flash_attention=False,
-            branching=True,
+            branching=self._branches,
         )
 
     def count_tokens(self, text: str) -> int:
@@ -93,7 +96,7 @@ class OnnxSession:
         memory = self._memory
         if memory is None or memory.capacity < capacity or memory.rows < rows:
             self._memory = memory = None  # given back before the larger one is asked for
-            self._memory = memory = self._graph.memory(rows, capacity)
+            self._memory = memory = memory_of(self._graph, rows, capacity)
         return memory
 
     def _prefill(self, memory: Memory, row: int, tokens: Sequence[int], past: int) -> Any:
@@ -115,7 +118,7 @@ class OnnxSession:
         # A step's branches never exceed a batch, the trunk never exceeds the longest request.
         memory = self._need(max(request.decoded for request in flat) + batch, 1)
         trunk = 0
-        for step in plan(flat, batch, SCORING_BRANCHES, COSTS):
+        for step in plan(flat, batch, SCORING_BRANCHES if self._branches else 1, COSTS):
             if isinstance(step, Retract):
                 trunk = step.length
                 yield from step.finished
@@ -128,17 +131,13 @@ class OnnxSession:
 
     def _evaluate(self, memory: Memory, trunk: int, step: Step, owner: Sequence[Owner]) -> None:
         assert not isinstance(step, Retract)
-        placed = step.placed
-        bias = None if isinstance(step, Extend) else self._bias(placed, trunk)
+        placed, grows = step.placed, isinstance(step, Extend)
         reading = [(index, item) for index, item in enumerate(placed) if item.readings]
-        rows = memory.feed(
-            0,
-            [item.token for item in placed],
-            trunk,
-            [index for index, _ in reading],
-            [item.position for item in placed],
-            bias,
-        )
+        positions = bias = None
+        if not grows and self._branches:
+            positions, bias = [item.position for item in placed], self._bias(placed, trunk)
+        tokens = [item.token for item in placed]
+        rows = memory.feed(0, tokens, trunk, [index for index, _ in reading], positions, bias, kept=grows)
         for row, (_, item) in zip(rows, reading, strict=True):
             values, best = self._read(row, [entry.target for entry in item.readings])
             for entry, value in zip(item.readings, values, strict=True):
@@ -199,6 +198,8 @@ class OnnxSession:
             prefix = 0
         longest = max(len(tokens) + request.max_new_tokens for request, tokens in waiting)
         most = min(self._options.sequences, len(waiting))
+        if not self._uneven:
+            most = 1
         if self._options.memory_bytes is not None:
             row_bytes = (longest + GROWTH) * self._graph.position_bytes()
             most = max(1, min(most, self._options.memory_bytes // row_bytes))

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the processor: the engine of ONNX artifacts. The whole window in one call, without memory of earlier ones.
+"""ONNX Runtime on the processor: the engine of ONNX artifacts of both forms. The whole window in one call, without memory of earlier ones.
 
 Tokens come from the artifact's own tokenizer.json through the same library as on the board.
 """
@@ -54,8 +54,9 @@ class Engine:
         """See the contract."""
         count = len(tokens)
         positions = np.arange(count, dtype=np.int64)
-        given: dict[str, Any] = {
+        told: dict[str, Any] = {
             "input_ids": np.array([tokens], np.int64),
+            "attention_mask": np.ones((1, count), np.int64),
             "position_ids": positions[None],
             "attention_bias": np.zeros((1, 1, count, count), np.float32),
             "key_positions": positions,
@@ -63,9 +64,10 @@ class Engine:
             "total_keys": np.array([count], np.int32),
             "logit_positions": positions,
         }
+        given: dict[str, Any] = {}
         for item in self._session.get_inputs():
-            if item.name.startswith(graph_form.PAST):
-                given[item.name] = np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32)
+            past = item.name.startswith(graph_form.PAST)
+            given[item.name] = np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32) if past else told[item.name]
         try:
             return self._session.run([graph_form.LOGITS], given)[0][0].astype(np.float32)
         except Exception as error:

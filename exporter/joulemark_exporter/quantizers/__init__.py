@@ -5,8 +5,8 @@ A quantizer module offers
     class Options(Settings)                      its keys in the recipe
     calibrated(options) -> bool                  whether it looks at the calibration text: then the text is part of the lineage, and every
                                                  weight is looked at before hours are spent
-    check(task, options) -> IntegerForm | None   raises BadInput for what cannot work, before anything is computed; says which integers will
-                                                 come, None where none will
+    check(task, options) -> Numbers              raises BadInput for what cannot work, before anything is computed; says which kind of
+                                                 numbers the matrices will be
     quantize(task, options) -> Choices           what becomes of every matrix
 
 Choices are lazy where they can be: a writer asks for one matrix at a time, so that a model larger than the memory passes.
@@ -46,6 +46,24 @@ class Integers:
 
 
 Choice = Rounded | Integers
+
+
+@dataclass(frozen=True)
+class Floats:
+    """Matrices stay floating-point numbers, of `type_name` or, where that is None, of whatever type the writer has. `embedding`: another
+    type for the token embedding."""
+
+    type_name: str | None = None
+    embedding: str | None = None
+
+
+@dataclass(frozen=True)
+class GgufTypes:
+    """Matrices become types that only GGUF has."""
+
+
+Numbers = Floats | GgufTypes | IntegerForm
+"""What a quantizer will make of the matrices, as a writer must know before anything is computed."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import re
 from joulemark.errors import BadInput
 from joulemark.gguf_format import FILE_TYPES
 from joulemark_exporter import ggml, importance
-from joulemark_exporter.quantizers import ByEngine, Choices, Task
+from joulemark_exporter.quantizers import ByEngine, Choices, GgufTypes, Task
 from joulemark_exporter.recipe import Settings
 
 
@@ -30,7 +30,7 @@ def calibrated(options: Options) -> bool:
     return options.weighted
 
 
-def check(task: Task, options: Options) -> None:
+def check(task: Task, options: Options) -> GgufTypes:
     """See the contract."""
     if options.type not in FILE_TYPES.values():
         raise BadInput(
@@ -46,6 +46,7 @@ def check(task: Task, options: Options) -> None:
             ) from error
     if not task.family.gguf:
         raise BadInput("llama.cpp's quantizer works on GGUF, which this architecture has not", "use another quantizer")
+    return GgufTypes()
 
 
 def quantize(task: Task, options: Options) -> Choices:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from joulemark.errors import BadInput
 from joulemark_exporter import allocation, ggml, importance, sensitivity
-from joulemark_exporter.quantizers import Choice, Choices, Rounded, Task, inputs
+from joulemark_exporter.quantizers import Choice, Choices, GgufTypes, Rounded, Task, inputs
 from joulemark_exporter.recipe import Settings
 
 LADDER = ("Q3_K", "IQ4_NL", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "F16")
@@ -37,7 +37,7 @@ def calibrated(options: Options) -> bool:
     return True
 
 
-def check(task: Task, options: Options) -> None:
+def check(task: Task, options: Options) -> GgufTypes:
     """See the contract."""
     budget = _budget(task, options)
     least = 0
@@ -55,6 +55,7 @@ def check(task: Task, options: Options) -> None:
             f"a budget of {budget:,} bytes is below the smallest possible, {least:,} bytes",
             "allow more, or smaller types",
         )
+    return GgufTypes()
 
 
 def _columns(task: Task, name: str) -> int:

@@ -9,7 +9,7 @@ from joulemark.errors import BadInput
 from joulemark_exporter import ggml
 from joulemark_exporter.families import HEAD
 from joulemark_exporter.group_quantized import IntegerForm
-from joulemark_exporter.quantizers import Choice, Choices, Integers, Rounded, Task
+from joulemark_exporter.quantizers import Choice, Choices, Floats, Integers, Rounded, Task
 from joulemark_exporter.recipe import Settings
 
 FLOATS = ("F32", "F16", "BF16")
@@ -29,15 +29,15 @@ def calibrated(options: Options) -> bool:
     return False
 
 
-def check(task: Task, options: Options) -> IntegerForm | None:
-    """See the contract: the integers are a GPTQ checkpoint's, which adapters may have left none of."""
+def check(task: Task, options: Options) -> Floats | IntegerForm:
+    """See the contract: integers are a GPTQ checkpoint's, which adapters may have left none of."""
     if options.embedding is not None:
         ggml.block(options.embedding)
         if not ggml.fits(options.embedding, task.model.weights[task.family.embedding].shape[1]):
             raise BadInput(f"blocks of {options.embedding} do not divide the embedding's rows", "use F16")
     forms = {weight.form for weight in task.model.weights.values() if weight.form is not None}
     if options.type != "auto" or not forms:
-        return None
+        return Floats(None if options.type == "auto" else options.type, options.embedding)
     embedding = _type(task, task.family.embedding, options)
     return replace(next(iter(forms)), contiguous=all(form.contiguous for form in forms), embedding=embedding)
 

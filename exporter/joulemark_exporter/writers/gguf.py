@@ -1,8 +1,8 @@
 """GGUF: one file with the weights, the tokenizer and the chat template, as llama.cpp reads it.
 
-Owns the order of things in the file and the way of each tensor into it: transposed, reordered, rounded or repacked. One tensor is in memory
-at a time, large ones in pieces. Integers that a quantizer chose are repacked, never rounded again. Truth: the GGUF specification, and
-llama.cpp's converter (llama-cpp-python 0.3.36), beside which the tests run this.
+Owns the order of things in the file and the way of each tensor into it: transposed, reordered, rounded or repacked. One tensor is in
+memory at a time, large ones in pieces. Integers that a quantizer chose are repacked, never rounded again. Truth: the GGUF specification,
+and llama.cpp's converter (llama-cpp-python 0.3.36), beside which the tests run this.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from joulemark_exporter.quantizers import (
     Choices,
     IntegerForm,
     Integers,
+    Numbers,
     Rounded,
     Task,
     grouped,
@@ -39,7 +40,7 @@ from joulemark_exporter.quantizers import (
 )
 from joulemark_exporter.recipe import Settings
 from joulemark_exporter.weights import Float32, Weight
-from joulemark_exporter.writers import Written
+from joulemark_exporter.writers import Written, versions
 
 FLOATS = ("F32", "F16", "BF16")
 PIECE = 1 << 22
@@ -65,10 +66,10 @@ class Entry:
     pieces: functools.partial[Iterator[Bytes]]
 
 
-def check(task: Task, options: Options, form: IntegerForm | None) -> None:
+def check(task: Task, options: Options, numbers: Numbers) -> None:
     """Architecture, tokenizer, settings and integers can be written. Raises BadInput."""
-    if form is not None:
-        _check_form(task, form)
+    if isinstance(numbers, IntegerForm):
+        _check_form(task, numbers)
     task.family.metadata(task.model.config)
     gguf_tokenizer.read(task.model.folder, _vocabulary(task), options.tokenizer_pre)
 
@@ -85,10 +86,10 @@ def write(task: Task, choices: Choices, folder: Path, options: Options) -> Writt
     return Written((path,), "llamacpp", digest, memory_number_bytes=4 if full else 2)
 
 
-def tools(options: Options) -> tuple[str, ...]:
+def tools(options: Options) -> dict[str, str]:
     """See the contract."""
     del options
-    return ("gguf", "llama-cpp-python")
+    return versions("gguf", "llama-cpp-python")
 
 
 def describe(task: Task, choices: Choices, written: Written) -> Manifest:

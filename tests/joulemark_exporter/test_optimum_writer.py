@@ -1,0 +1,141 @@
+"""optimum's graphs beside transformers, step by step as the agent runs them; and what happens where optimum is not, or fails."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from joulemark import artifact
+from joulemark.errors import BadInput, EngineFailed, MissingExtra
+from joulemark_agent.backends._onnx_engine import Graph
+from joulemark_agent.backends._onnx_memory import memory_of
+from joulemark_exporter import hub_folder, optimum_environment, pipeline
+from joulemark_exporter.quantizers import Floats, GgufTypes, IntegerForm
+from joulemark_exporter.writers import optimum
+from tests.fixtures import hub_models, tiny_graphs
+from tests.fixtures.exporting import quiet, request, task
+
+BY_OPTIMUM = "[writer]\nuse = 'optimum'\n"
+COUNT_BY_THEMSELVES = ("gemma", "gemma2", "gemma3", "bloom")
+"""Families whose graphs take no positions."""
+
+
+@pytest.mark.parametrize("family", hub_models.FAMILIES)
+def test_the_graph_computes_what_transformers_computes(family: str, tmp_path: Path) -> None:
+    path = tiny_graphs.write(tmp_path, family, optimum=True)
+    model = hub_models.write(tmp_path / "again", family)  # the same seed, the same weights
+    tokens = torch.randint(5, 600, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model(tokens).logits.numpy()
+    rows = [row.tolist() for row in tokens]
+    graph = Graph(path, 1)
+    assert (graph.form, graph.branches, graph.uneven) == ("rebuilt", False, family not in COUNT_BY_THEMSELVES)
+    memory = memory_of(graph, 2, 64)
+
+    def close(found: np.ndarray, row: int, start: int, end: int) -> None:
+        assert np.abs(found - expected[row, start:end]).max() < 1e-4
+
+    close(memory.feed(0, rows[0][:30], 0, range(30)), 0, 0, 30)
+    close(memory.feed(1, rows[1][:12], 0, range(12)), 1, 0, 12)
+    close(memory.feed(1, rows[1][12:30], 12, range(18)), 1, 12, 30)
+    # Together, as often as it takes for a row's place to differ from its position; then one row goes back behind the other.
+    for at in (30, 31):
+        found = memory.step([rows[0][at], rows[1][at]], [at, at])
+        close(found[:1], 0, at, at + 1)
+        close(found[1:], 1, at, at + 1)
+    if graph.uneven:
+        for at, back in ((32, 20), (33, 21)):
+            found = memory.step([rows[0][at], rows[1][back]], [at, back])
+            close(found[:1], 0, at, at + 1)
+            close(found[1:], 1, back, back + 1)
+    # A try that is not kept leaves the row as it was; another row can begin as it began.
+    tried = memory.feed(0, rows[0][20:24], 20, [1, 3], kept=False)
+    assert np.abs(tried - expected[0, [21, 23]]).max() < 1e-4
+    memory.copy(0, 1, 0, 25)
+    close(memory.feed(1, rows[0][25:28], 25, range(3)), 0, 25, 28)
+    close(memory.feed(0, rows[0][32:36], 32, range(4)), 0, 32, 36)
+    # Both rows of a call become the first one of them.
+    memory.feed(0, rows[0][:10], 0, [9])
+    memory.feed(1, rows[1][:10], 0, [9])
+    memory.step([rows[0][10], rows[1][10]], [10, 10])
+    memory.copy(0, 1, 0, 11)
+    for found in memory.step([rows[0][11]] * 2, [11, 11]):
+        close(found[None], 0, 11, 12)
+
+
+def test_the_whole_way_twice_the_same(tmp_path: Path) -> None:
+    tiny_graphs.need_optimum()
+    hub_models.write(tmp_path / "base", "llama", shards=True)
+    given = request(tmp_path / "base", "use = 'none'", BY_OPTIMUM)
+    exported = pipeline.export(given, quiet)
+    manifest = artifact.verify(exported.folder)
+    assert (manifest.format, manifest.quantization, manifest.architecture) == ("onnx", "fp32", "llama")
+    assert [entry.path for entry in manifest.files] == ["model.onnx", "tokenizer.json", "tokenizer_config.json"]
+    assert manifest.origin is not None
+    assert manifest.origin.tools["optimum environment: transformers"].startswith("4.")
+    assert exported.report["findings"]["divergence"] < 1e-6
+    again = pipeline.export(dataclasses.replace(given, out=tmp_path / "again"), quiet)
+    assert again.manifest.files == manifest.files
+
+
+def test_a_rotary_base_that_transformers_4_does_not_find_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes 10000 without a word where a checkpoint has the keys of version 5 only."""
+    tiny_graphs.need_optimum()
+    hub_models.write(tmp_path / "base", "llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    given = request(tmp_path / "base", "use = 'none'", BY_OPTIMUM)
+    with monkeypatch.context() as patch:
+        patch.setattr(hub_folder, "_legacy_rope", lambda _: {})
+        with pytest.raises(BadInput, match="something else from this file than its weights say"):
+            pipeline.export(given, quiet)
+    assert not given.out.exists()
+    assert pipeline.export(given, quiet).report["findings"]["divergence"] < 1e-6
+
+
+def test_what_it_cannot_write_is_said_before(tmp_path: Path) -> None:
+    hub_models.write(tmp_path / "model", "llama")
+    given = task(tmp_path / "model", tmp_path)
+    for numbers, words in (
+        (IntegerForm(4, 32, True), "float32 only"),
+        (GgufTypes(), "float32 only"),
+        (Floats("F16"), "the writer F32"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            optimum.check(given, optimum.Options(), numbers)
+    optimum.check(given, optimum.Options(), Floats())
+
+
+def test_without_its_environment_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_models.write(tmp_path / "base", "llama")
+    monkeypatch.setenv(optimum_environment.VARIABLE, str(tmp_path / "nowhere"))
+    with pytest.raises(MissingExtra, match="make install-optimum"):
+        pipeline.export(request(tmp_path / "base", "use = 'none'", BY_OPTIMUM), quiet)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "words"),
+    [
+        ("echo 'out of memory' >&2; exit 9", EngineFailed, "status 9: out of memory"),
+        ("echo \"ModuleNotFoundError: No module named 'optimum'\" >&2; exit 1", MissingExtra, "not whole: .*optimum"),
+    ],
+)
+def test_its_failures_are_told_in_its_own_words(
+    script: str, error: type[Exception], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "environment" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    versions = '[ "$3" = versions ] && echo "{}" && exit 0'
+    python.write_text(f"#!/bin/sh\n{versions}\n{script}\n")
+    python.chmod(0o755)
+    hub_models.write(tmp_path / "base", "llama")
+    monkeypatch.setenv(optimum_environment.VARIABLE, str(tmp_path / "environment"))
+    with pytest.raises(error, match=words):
+        pipeline.export(request(tmp_path / "base", "use = 'none'", BY_OPTIMUM), quiet)
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / ".out.export" / "written").glob("*")), "what was half written stays"
