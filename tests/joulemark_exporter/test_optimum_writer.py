@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 
 from joulemark import artifact
 from joulemark.errors import BadInput, EngineFailed, MissingExtra
+from joulemark_agent.backends import GenerateRequest, Options
 from joulemark_agent.backends._onnx_engine import Graph
-from joulemark_agent.backends._onnx_memory import memory_of
+from joulemark_agent.backends._onnx_memory import _Call, memory_of
+from joulemark_agent.backends.onnx import open_session
 from joulemark_exporter import hub_folder, optimum_environment, pipeline
 from joulemark_exporter.quantizers import Floats, GgufTypes, IntegerForm
 from joulemark_exporter.writers import optimum
@@ -55,8 +58,9 @@ def test_the_graph_computes_what_transformers_computes(family: str, tmp_path: Pa
     # A try that is not kept leaves the row as it was; another row can begin as it began.
     tried = memory.feed(0, rows[0][20:24], 20, [1, 3], kept=False)
     assert np.abs(tried - expected[0, [21, 23]]).max() < 1e-4
-    memory.copy(0, 1, 0, 25)
+    memory.share(25, 2)
     close(memory.feed(1, rows[0][25:28], 25, range(3)), 0, 25, 28)
+    memory.feed(0, rows[0][25:32], 25, [6])
     close(memory.feed(0, rows[0][32:36], 32, range(4)), 0, 32, 36)
     # Both rows of a call become the first one of them.
     memory.feed(0, rows[0][:10], 0, [9])
@@ -65,6 +69,19 @@ def test_the_graph_computes_what_transformers_computes(family: str, tmp_path: Pa
     memory.copy(0, 1, 0, 11)
     for found in memory.step([rows[0][11]] * 2, [11, 11]):
         close(found[None], 0, 11, 12)
+
+
+def test_what_calls_left_is_given_back(tmp_path: Path) -> None:
+    """However many sequences end one after the other: what they share, what the last call left, and a prompt that has just begun."""
+    path = tiny_graphs.write(tmp_path, "llama", optimum=True)
+    session = open_session(path, Options(threads=1, model_sha256="0" * 64, sequences=6))
+    requests = [
+        GenerateRequest(index, "Once upon a time, in a land far away " + "x" * index, 4 + 3 * index)
+        for index in range(9)
+    ]
+    counts = [sum(isinstance(item, _Call) for item in gc.get_objects()) for _ in session.generate(requests)]
+    session.close()
+    assert len(counts) == 9 and 1 <= max(counts) <= 3
 
 
 def test_the_whole_way_twice_the_same(tmp_path: Path) -> None:

@@ -37,11 +37,16 @@ class Memory(Protocol):
         ...
 
     def step(self, tokens: Sequence[int], lengths: Sequence[int]) -> Any:
-        """One more token for each of the first rows, which hold `lengths` keys. Returns the logits (rows, vocabulary)."""
+        """One more token for each of the first rows, which hold `lengths` keys. Returns the logits (rows, vocabulary). Of the other rows
+        only what all share is still there afterwards."""
+        ...
+
+    def share(self, end: int, rows: int) -> None:
+        """Lets the first `rows` rows begin as the very first does: with its first `end` positions."""
         ...
 
     def copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Positions start…end−1 of one row into another, whose earlier ones are the same."""
+        """Positions start…end−1 of one row into another, whose earlier ones are shared."""
         ...
 
 
@@ -101,6 +106,11 @@ class GrowingMemory:
         }
         return self._graph.run(self._binding(0, len(tokens)), given)[:, 0]
 
+    def share(self, end: int, rows: int) -> None:
+        """See Memory."""
+        for row in range(1, rows):
+            self.copy(0, row, 0, end)
+
     def copy(self, source: int, target: int, start: int, end: int) -> None:
         """See Memory."""
         for array in self._arrays.values():
@@ -144,7 +154,7 @@ class RebuiltMemory:
     def __init__(self, graph: Graph, rows: int, capacity: int) -> None:
         self.rows, self.capacity = rows, capacity
         self._graph = graph
-        self._empty = _Row(self._joined([], 0, 1), 0, 0, 0)
+        self._empty = self._shared = _Row(self._joined([], 0, 1), 0, 0, 0)
         self._kept = [self._empty] * rows
 
     def feed(
@@ -172,13 +182,23 @@ class RebuiltMemory:
         assert self._graph.uneven or len(set(lengths)) == 1, "this graph cannot step rows of unequal lengths"
         numpy, longest = self._graph.numpy, max(lengths)
         call = self._together([self._of_length(row, length) for row, length in enumerate(lengths)])
+        # What other calls left is given back before the next one: it may be as large.
+        self._keep(call, lengths)
         places = numpy.array(lengths, numpy.int64)[:, None]
         mask = (numpy.arange(longest + 1)[None] >= longest - places).astype(numpy.int64)
         logits, left = self._run(call, numpy.array(tokens, numpy.int64)[:, None], mask, places)
-        self._kept[: len(tokens)] = [
-            _Row(left, row, longest - length, length + 1) for row, length in enumerate(lengths)
-        ]
+        self._keep(left, [length + 1 for length in lengths])
         return logits[:, 0]
+
+    def _keep(self, call: _Call, lengths: Sequence[int]) -> None:
+        rows = [_Row(call, row, call.positions - length, length) for row, length in enumerate(lengths)]
+        self._kept = rows + [self._shared] * (self.rows - len(rows))
+
+    def share(self, end: int, rows: int) -> None:
+        """See Memory."""
+        del rows
+        self._shared = self._of_length(0, end)
+        self._kept = [self._shared] * self.rows
 
     def copy(self, source: int, target: int, start: int, end: int) -> None:
         """See Memory. Nothing is copied: both rows are what one call left."""

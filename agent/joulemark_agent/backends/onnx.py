@@ -207,8 +207,7 @@ class OnnxSession:
         memory = self._need(longest, most)
         if prefix:
             self._prefill(memory, 0, waiting[0][1][:prefix], 0)
-            for row in range(1, most):
-                memory.copy(0, row, 0, prefix)
+            memory.share(prefix, most)
         return prefix, memory
 
     # --- single stream ------------------------------------------------------------------------------------------------
