@@ -142,17 +142,25 @@ def _require_parts() -> None:
 def _progress(quiet: bool) -> Generator[pipeline.Say]:
     """A bar for every step that takes its time; on a terminal only."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=quiet) as progress:
+    numbers = (TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), BarColumn(), *numbers, console=console, disable=quiet) as progress:
         bars: dict[str, TaskID] = {}
 
         def say(step: str, done: int, total: int) -> None:
             if step not in bars:
-                bars[step] = progress.add_task(step, total=total)
-            progress.update(bars[step], completed=done, total=total)
+                bars[step] = progress.add_task(step, total=None)
+            # A step in one piece says nothing while it lasts: its bar moves without a length.
+            progress.update(bars[step], completed=done, total=None if (done, total) == (0, 1) else total)
 
         yield say
 

@@ -61,8 +61,8 @@ def scales_and_zeros(groups: Float32, grid: Rounding) -> tuple[Float32, Float32]
 
 def _from_range(low: Float32, high: Float32, grid: Rounding) -> tuple[Float32, Float32]:
     levels = np.float32((1 << grid.bits) - 1)
-    wanted = (high - low) / levels
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # what is too large is found below
+        wanted = (high - low) / levels
         scale = wanted.astype(np.float16).astype(np.float32)
     if not np.isfinite(scale).all():
         raise BadInput(
