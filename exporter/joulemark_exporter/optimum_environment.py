@@ -6,15 +6,18 @@ nothing of the exporter's heavy parts."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from joulemark.errors import EngineFailed, MissingExtra
+from joulemark.errors import EngineFailed, JoulemarkError, MissingExtra, NoSpace
 
 VARIABLE = "JOULEMARK_OPTIMUM"
 PACKAGES = ("optimum", "optimum-onnx", "transformers", "torch")
@@ -65,25 +68,41 @@ def _ask(*arguments: str) -> str:
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONNOUSERSITE": "1"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     command = [str(python), "-m", MODULE, *arguments]
+    # The other end stops when this pipe ends: whoever is killed leaves no process behind that writes into a folder of others.
+    reading, writing = os.pipe()
     try:
         done = subprocess.run(
-            command, env={**kept, **offline}, capture_output=True, text=True, timeout=LIMIT_S, check=False
+            command,
+            stdin=reading,
+            env={**kept, **offline},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise EngineFailed(
             f"optimum has not answered within {LIMIT_S / 3600:g} hours", "use the onnx writer"
         ) from error
+    finally:
+        os.close(reading)
+        os.close(writing)
     if done.returncode:
-        said = done.stderr.strip()[-TAIL_CHARACTERS:]
-        if "ModuleNotFoundError" in said:
-            raise MissingExtra(
-                f"optimum's environment at {environment()} is not whole: {said.splitlines()[-1]}",
-                "make install-optimum",
-            )
-        raise EngineFailed(
-            f"optimum ended with status {done.returncode}: {said}", "nothing was published; use the onnx writer"
-        )
+        raise _failure(done.returncode, done.stderr.strip()[-TAIL_CHARACTERS:])
     return done.stdout
+
+
+def _failure(status: int, said: str) -> JoulemarkError:
+    last = said.splitlines()[-1] if said else "it does not say why"
+    if "ModuleNotFoundError" in said:
+        return MissingExtra(f"optimum's environment at {environment()} is not whole: {last}", "make install-optimum")
+    if os.strerror(errno.ENOSPC) in said:
+        return NoSpace(f"the disk is full where optimum writes: {last}", "free some space and start again")
+    if status == -signal.SIGKILL:
+        return EngineFailed(
+            "optimum was killed", "was there memory for the model in 32 bits, twice? use the onnx writer"
+        )
+    return EngineFailed(f"optimum ended with status {status}: {said}", "nothing was published; use the onnx writer")
 
 
 # --- the other end -----------------------------------------------------------------------------------------------------
@@ -95,8 +114,14 @@ def main(asked: str, arguments: Sequence[str]) -> None:
 
         json.dump({name: metadata.version(name) for name in PACKAGES}, answer)
         return
+    threading.Thread(target=_end_with_the_asker, daemon=True).start()
     checkpoint, folder, threads = arguments
     _export(checkpoint, folder, int(threads))
+
+
+def _end_with_the_asker() -> None:
+    os.read(0, 1)  # nothing is ever written: it returns when the pipe ends
+    os._exit(1)
 
 
 def _export(checkpoint: str, folder: str, threads: int) -> None:

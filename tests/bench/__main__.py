@@ -248,7 +248,8 @@ def _sampler() -> Iterator[Callable[[signal.Signals], None]]:
 
 
 def measure_engines(bench: Bench) -> Iterator[Figure]:
-    """ONNX Runtime beside llama.cpp on the same weights, in float32 and in four bits: said, not judged, as nothing is required of it."""
+    """ONNX Runtime beside llama.cpp on the same weights, in float32 and in four bits, and optimum's graph beside ours: said, not judged, as
+    nothing is required of them."""
     with tempfile.TemporaryDirectory(prefix="joulemark-bench-") as folder:
         for contest in engines.contests(Path(folder), bench.threads):
             one, other = contest.names

@@ -87,6 +87,14 @@ def test_a_graph_of_another_kind_is_refused(graph: Path, tmp_path: Path) -> None
         score(changed(graph, tmp_path, rename))
 
 
+def test_a_graph_that_gives_no_memory_back_is_refused(graph: Path, tmp_path: Path) -> None:
+    def forget(proto: Any) -> None:
+        del proto.graph.output[-1]
+
+    with pytest.raises(EngineFailed, match="not a graph that `joulemark export` wrote"):
+        score(changed(graph, tmp_path, forget))
+
+
 def test_a_cut_graph_is_refused(graph: Path, tmp_path: Path) -> None:
     path = changed(graph, tmp_path, lambda _: None)
     path.write_bytes(path.read_bytes()[:-1000])

@@ -45,7 +45,8 @@ def refusal(given: Task, name: str, module: ModuleType, writer: ModuleType) -> s
 
 
 def table(folder: Path) -> str:
-    """The table in Markdown, its reasons as footnotes. Columns in which nothing works are named below it."""
+    """The table in Markdown, its reasons as footnotes. Columns in which nothing works are named below it, with the reason
+    that the first family gets."""
     cells: dict[str, list[str | None]] = {}
     for family in hub_models.FAMILIES:
         hub_models.write(folder / family, family)

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from joulemark import artifact
-from joulemark.errors import BadInput, EngineFailed, MissingExtra
+from joulemark.errors import BadInput, EngineFailed, MissingExtra, NoSpace
 from joulemark_agent.backends import GenerateRequest, Options
 from joulemark_agent.backends._onnx_engine import Graph
 from joulemark_agent.backends._onnx_memory import _Call, memory_of
-from joulemark_agent.backends.onnx import open_session
+from joulemark_agent.backends.onnx import GROWTH, open_session
 from joulemark_exporter import hub_folder, optimum_environment, pipeline
 from joulemark_exporter.quantizers import Floats, GgufTypes, IntegerForm
 from joulemark_exporter.writers import optimum
@@ -94,6 +101,8 @@ def test_the_whole_way_twice_the_same(tmp_path: Path) -> None:
     assert [entry.path for entry in manifest.files] == ["model.onnx", "tokenizer.json", "tokenizer_config.json"]
     assert manifest.origin is not None
     assert manifest.origin.tools["optimum environment: transformers"].startswith("4.")
+    # Three layers, two key heads of 16: 192 numbers a position, 256 positions, four copies.
+    assert manifest.required_memory_bytes == manifest.memory_of_weights + 256 * 192 * 4 * 4
     assert exported.report["findings"]["divergence"] < 1e-6
     again = pipeline.export(dataclasses.replace(given, out=tmp_path / "again"), quiet)
     assert again.manifest.files == manifest.files
@@ -139,6 +148,8 @@ def test_without_its_environment_nothing_is_begun(tmp_path: Path, monkeypatch: p
     ("script", "error", "words"),
     [
         ("echo 'out of memory' >&2; exit 9", EngineFailed, "status 9: out of memory"),
+        ("kill -9 $$", EngineFailed, "optimum was killed"),
+        ("echo 'OSError: [Errno 28] No space left on device' >&2; exit 1", NoSpace, "the disk is full"),
         ("echo \"ModuleNotFoundError: No module named 'optimum'\" >&2; exit 1", MissingExtra, "not whole: .*optimum"),
     ],
 )
@@ -156,3 +167,49 @@ def test_its_failures_are_told_in_its_own_words(
         pipeline.export(request(tmp_path / "base", "use = 'none'", BY_OPTIMUM), quiet)
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / ".out.export" / "written").glob("*")), "what was half written stays"
+
+
+def test_whoever_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
+    tiny_graphs.need_optimum()
+    hub_models.write(tmp_path / "base", "llama")
+    (tmp_path / "recipe.toml").write_text(f"[quantizer]\nuse = 'none'\n{BY_OPTIMUM}")
+    command = [sys.executable, "-m", "joulemark", "export", "base", "--recipe", "recipe.toml", "--out", "out"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as export:
+        other = _wait_for(lambda: [child for child in _children(export.pid) if "graph" in child.cmdline()])[0]
+        export.kill()
+    assert _wait_for(lambda: not other.is_running() or other.status() == psutil.STATUS_ZOMBIE)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob("model.onnx")), "it went on writing"
+    again = request(tmp_path / "base", "use = 'none'", BY_OPTIMUM)
+    assert pipeline.export(again, quiet).report["findings"]["divergence"] < 1e-6
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _wait_for(seen: Callable[[], Any]) -> Any:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        found = seen()
+        if found:
+            return found
+        time.sleep(0.02)
+    raise AssertionError("nothing happened within a minute")
+
+
+def test_what_a_row_is_reckoned_to_take_decides_how_many_there_are(tmp_path: Path) -> None:
+    """Three layers with two key heads of 16, keys and values, four bytes, four copies."""
+    path = tiny_graphs.write(tmp_path, "llama", optimum=True)
+    assert Graph(path, 1).position_bytes() == 3 * 2 * 2 * 16 * 4 * 4
+    requests = [GenerateRequest(index, "Once upon a time" + " and" * index, 8) for index in range(6)]
+    longest = 8 + len(Tokenizer.from_file(str(path.parent / "tokenizer.json")).encode(requests[-1].prompt).ids)
+    for rows in (2, 3):
+        room = rows * (longest + GROWTH) * 3072
+        session = open_session(path, Options(threads=1, model_sha256="0" * 64, sequences=6, memory_bytes=room))
+        list(session.generate(requests))
+        assert session.facts().sequences == rows
+        session.close()

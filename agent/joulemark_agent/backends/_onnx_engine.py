@@ -55,7 +55,9 @@ class Graph:
         form = graph_form.form_of({item.name for item in given})
         sizes = [shape[index] for shape in self.pasts.values() for index in (1, 3)]
         wide = all(item.type == "tensor(float)" for item in given if item.name in self.pasts)
-        if form is None or not wide or any(not _is_size(size) for size in sizes):
+        gives = {name.replace(graph_form.PAST, graph_form.PRESENT) for name in self.pasts} | {graph_form.LOGITS}
+        whole = {item.name for item in self.session.get_outputs()} == gives
+        if form is None or not wide or not whole or any(not _is_size(size) for size in sizes):
             raise EngineFailed(
                 f"{path.name} is not a graph that `joulemark export` wrote", "export the model with the onnx writer"
             )
@@ -66,10 +68,8 @@ class Graph:
         """Whether rows of unequal lengths can step together."""
 
     def position_bytes(self) -> int:
-        """Bytes of the key-value memory that one position takes in all layers. A rebuilt one counts four times: two are there while it is
-        copied, and what was freed is too short for the next one (SmolLM2-135M: 4.4 times with the prompt's logits)."""
-        copies = 1 if self.form == "growing" else 4
-        return copies * sum(4 * shape[1] * shape[3] for shape in self.pasts.values())
+        """Bytes that one position of the key-value memory takes in all layers, as often as it is there."""
+        return graph_form.COPIES[self.form] * sum(4 * shape[1] * shape[3] for shape in self.pasts.values())
 
     def run(self, binding: Any, given: Mapping[str, Any]) -> Any:
         """Logits (rows, wanted, vocabulary); a binding has the memory's inputs and outputs already. Raises EngineFailed."""

@@ -12,6 +12,17 @@ from typing import Any, Protocol
 from joulemark import graph_form
 from joulemark_agent.backends._onnx_engine import Graph
 
+Whole = Sequence[int]
+"""Whole numbers: tokens, positions, places in a batch."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Continuations side by side: the positions of their tokens, and a bias (tokens, past + tokens) that hides them from one another."""
+
+    positions: Whole
+    bias: Any
+
 
 class Memory(Protocol):
     """Keys and values of some sequences, side by side. Logits are float32."""
@@ -20,19 +31,11 @@ class Memory(Protocol):
     capacity: int
 
     def feed(
-        self,
-        row: int,
-        tokens: Sequence[int],
-        past: int,
-        wanted: Sequence[int],
-        positions: Sequence[int] | None = None,
-        bias: Any = None,
-        kept: bool = True,
+        self, row: int, tokens: Whole, past: int, wanted: Whole, beside: Beside | None = None, kept: bool = True
     ) -> Any:
         """Append tokens to one row behind `past` keys. Returns the logits (wanted, vocabulary) of the tokens numbered in `wanted`.
 
-        `positions` are those of the tokens, where they do not just follow the past; `bias` (tokens, past + tokens) hides keys from them;
-        both only where the graph branches. `kept`: whether anything will stand behind these tokens.
+        `beside`: the tokens do not just follow the past; only where the graph branches. `kept`: whether anything will stand behind them.
         """
         ...
 
@@ -66,21 +69,14 @@ class GrowingMemory:
         self._bindings: dict[tuple[int, int], Any] = {}
 
     def feed(
-        self,
-        row: int,
-        tokens: Sequence[int],
-        past: int,
-        wanted: Sequence[int],
-        positions: Sequence[int] | None = None,
-        bias: Any = None,
-        kept: bool = True,
+        self, row: int, tokens: Whole, past: int, wanted: Whole, beside: Beside | None = None, kept: bool = True
     ) -> Any:
         """See Memory."""
         del kept  # what nobody keeps is written over
         numpy, count = self._graph.numpy, len(tokens)
         total = past + count
-        places = numpy.arange(past, total) if positions is None else numpy.array(positions, numpy.int64)
-        mask = numpy.zeros((count, total), numpy.float32) if bias is None else bias
+        places = numpy.arange(past, total) if beside is None else numpy.array(beside.positions, numpy.int64)
+        mask = numpy.zeros((count, total), numpy.float32) if beside is None else beside.bias
         given = {
             "input_ids": numpy.array([tokens], numpy.int64),
             "position_ids": places[None],
@@ -158,17 +154,10 @@ class RebuiltMemory:
         self._kept = [self._empty] * rows
 
     def feed(
-        self,
-        row: int,
-        tokens: Sequence[int],
-        past: int,
-        wanted: Sequence[int],
-        positions: Sequence[int] | None = None,
-        bias: Any = None,
-        kept: bool = True,
+        self, row: int, tokens: Whole, past: int, wanted: Whole, beside: Beside | None = None, kept: bool = True
     ) -> Any:
         """See Memory."""
-        assert positions is None and bias is None, "this memory has no branches"
+        assert beside is None, "this memory has no branches"
         numpy, total = self._graph.numpy, past + len(tokens)
         call = self._together([self._of_length(row, past)])
         ids, places = numpy.array([tokens], numpy.int64), numpy.arange(past, total)[None]

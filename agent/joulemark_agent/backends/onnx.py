@@ -17,7 +17,7 @@ from joulemark_agent.backends import Choice, Generated, GenerateRequest, Options
 from joulemark_agent.backends._generation import SHORT_PREFIX, Growing, Waiting, generate, prompt_of_stream
 from joulemark_agent.backends._logits import log_probability
 from joulemark_agent.backends._onnx_engine import Graph
-from joulemark_agent.backends._onnx_memory import Memory, memory_of
+from joulemark_agent.backends._onnx_memory import Beside, Memory, memory_of
 from joulemark_agent.backends._onnx_tokenizer import OnnxTokenizer
 from joulemark_agent.backends._scoring import Owner, score
 from joulemark_agent.backends._token_choice import TokenChooser
@@ -133,11 +133,11 @@ class OnnxSession:
         assert not isinstance(step, Retract)
         placed, grows = step.placed, isinstance(step, Extend)
         reading = [(index, item) for index, item in enumerate(placed) if item.readings]
-        positions = bias = None
+        beside = None
         if not grows and self._branches:
-            positions, bias = [item.position for item in placed], self._bias(placed, trunk)
+            beside = Beside([item.position for item in placed], self._bias(placed, trunk))
         tokens = [item.token for item in placed]
-        rows = memory.feed(0, tokens, trunk, [index for index, _ in reading], positions, bias, kept=grows)
+        rows = memory.feed(0, tokens, trunk, [index for index, _ in reading], beside, kept=grows)
         for row, (_, item) in zip(rows, reading, strict=True):
             values, best = self._read(row, [entry.target for entry in item.readings])
             for entry, value in zip(item.readings, values, strict=True):

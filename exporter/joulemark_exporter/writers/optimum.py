@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx
 
-from joulemark import artifact
+from joulemark import artifact, graph_form
 from joulemark.errors import BadInput
 from joulemark.wire import Manifest
 from joulemark_exporter import hub_folder, onnx_artifact, onnx_graph, optimum_environment
@@ -49,9 +49,10 @@ def write(task: Task, choices: Choices, folder: Path, options: Options) -> Writt
     shutil.rmtree(made)
     files = onnx_graph.save(proto, folder / "model.onnx", onnx_artifact.facts(task, PRECISION, PRECISION))
     task.say("optimum writes the graph", 1, 1)
-    # Past and present are there side by side.
-    loaded = onnx_artifact.loaded_floats(task)
-    return Written((*files, *tokenizer), "onnxruntime", memory_number_bytes=8, loaded_weight_bytes=loaded, exact=True)
+    loaded, width = onnx_artifact.loaded_floats(task), 4 * graph_form.COPIES["rebuilt"]
+    return Written(
+        (*files, *tokenizer), "onnxruntime", memory_number_bytes=width, loaded_weight_bytes=loaded, exact=True
+    )
 
 
 def tools(options: Options) -> dict[str, str]:
