@@ -28,6 +28,7 @@ class Command:
 _AGENT = "joulemark_agent.cli"
 _EXPORTER = "joulemark_exporter.cli"
 _HOST = "joulemark_host.cli"
+_FLEET = "joulemark_host.fleet_cli"
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(_HOST, "host", "the whole path on this machine: a real model to a heatmap"),
@@ -37,7 +38,9 @@ COMMANDS: dict[str, Command] = {
     "agent": Command(_AGENT, "agent", "serve this board: take models and tasks, run them, report"),
     "export": Command(_EXPORTER, "export", "turn a model into a verified artifact: fold, quantize, write, verify"),
     "adapter": Command(_EXPORTER, "export", "write a LoRA adapter as a GGUF file for hot-swapping"),
-    "host": Command(_HOST, "host", "serve artifacts, take records, draw the grid"),
+    "enrol": Command(_AGENT, "agent", "make this board known to a host, with a one-time key"),
+    "host": Command(_FLEET, "host", "serve artifacts, take records, draw the grid; init, token"),
+    "devices": Command(_FLEET, "host", "list boards; approve, rename, revoke them"),
     "publish": Command(_HOST, "host", "put a model or task packs on the host's shelf"),
     "push": Command(_HOST, "host", "bring a published artifact to a board"),
     "run": Command(_HOST, "host", "evaluate an artifact on a board and wait for the record"),

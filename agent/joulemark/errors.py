@@ -4,7 +4,11 @@
     ├── BadInput                      bad_input     ValueError      what a person or a peer sent cannot be used
     │   ├── ModelRejected             model_rejected                a model file that must not reach an engine
     │   ├── PackRejected              pack_rejected                 a task pack that is malformed or does not match its id
-    │   └── DigestMismatch            digest_mismatch               bytes are not the bytes that were promised
+    │   ├── DigestMismatch            digest_mismatch               bytes are not the bytes that were promised
+    │   └── Untrusted                 untrusted                     a signature is missing, wrong, or not by a key that counts here
+    ├── NotAuthenticated              not_authenticated PermissionError  nobody that is known here asks
+    ├── Forbidden                     forbidden     PermissionError who asks is known, and may not do this
+    ├── TooManyAttempts               too_many_attempts RuntimeError    a caller failed too often; later it may try again
     ├── NotFound                      not_found     LookupError     a named thing does not exist here
     ├── Conflict                      conflict      RuntimeError    it exists already, or something else is using it
     ├── MissingExtra                  missing_extra ImportError     an optional part of the distribution is not installed
@@ -62,6 +66,39 @@ class DigestMismatch(BadInput):
 
     code = "digest_mismatch"
     retryable = True
+
+
+class Untrusted(BadInput):
+    """Something that had to be signed and is not, or not by a key that counts here, or not for this purpose."""
+
+    code = "untrusted"
+
+
+class NotAuthenticated(JoulemarkError, PermissionError):
+    """No credential, or none that is known here. One message for all cases, so that it tells a stranger nothing."""
+
+    code = "not_authenticated"
+
+
+class Forbidden(JoulemarkError, PermissionError):
+    """The caller is known and may not do this. `code` may be narrowed per instance."""
+
+    code = "forbidden"
+
+    def __init__(self, message: str, hint: str = "", code: str = "forbidden") -> None:
+        super().__init__(message, hint)
+        self.code = code
+
+
+class TooManyAttempts(JoulemarkError, RuntimeError):
+    """A caller that failed too often in a short time; `retry_after_s` says when it may try again."""
+
+    code = "too_many_attempts"
+    retryable = True
+
+    def __init__(self, message: str, hint: str = "", retry_after_s: float = 60.0) -> None:
+        super().__init__(message, hint)
+        self.retry_after_s = retry_after_s
 
 
 class NotFound(JoulemarkError, LookupError):
@@ -134,15 +171,32 @@ def to_problem(error: BaseException) -> Problem:
     )
 
 
+def error_from(problem: Problem) -> JoulemarkError:
+    """The error that a problem was before it travelled; an unknown code stays on a plain JoulemarkError."""
+    kinds = {
+        kind.code: kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, JoulemarkError)
+    }
+    error = kinds.get(problem.code, JoulemarkError)(problem.message, problem.hint)
+    error.code = problem.code
+    error.retryable = problem.retryable
+    return error
+
+
 _STATUSES = {
     "bad_input": 400,
+    "not_authenticated": 401,
+    "forbidden": 403,
+    "pending_approval": 403,
+    "untrusted": 403,
     "not_found": 404,
     "conflict": 409,
+    "cloned": 409,
     "too_large": 413,
     "model_rejected": 422,
     "pack_rejected": 422,
     "digest_mismatch": 422,
     "prompt_too_long": 422,
+    "too_many_attempts": 429,
     "missing_extra": 501,
     "unavailable": 503,
     "no_space": 507,

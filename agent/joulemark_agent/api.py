@@ -1,27 +1,31 @@
 """The agent's HTTP interface: health, device, artifacts, packs, runs, metrics, and the OpenAI-compatible part.
 
 Translates between HTTP and the rest; decides nothing. Every body is bounded, every error is a Problem with a status, no traceback leaves.
-There is no authentication yet: the command line binds to loopback unless told otherwise.
+Every route but /healthz and the two that let callers in asks the gate.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from joulemark import __version__
-from joulemark.errors import BadInput, Conflict, JoulemarkError, http_status, to_problem
+from joulemark.errors import BadInput, Conflict, JoulemarkError, TooManyAttempts, http_status, to_problem
 from joulemark.packs import MAX_PACK_BYTES
+from joulemark.protocol import Challenge, Entry
+from joulemark.statements import Envelope
 from joulemark.wire import SCHEMA, DeviceFacts, Manifest, Problem, RunSpec
 from joulemark_agent.completions import Completions
+from joulemark_agent.gate import Gate
 from joulemark_agent.http_body import bounded_chunks, read_body, read_model
 from joulemark_agent.jobs import Jobs
 from joulemark_agent.openai_api import create_router
@@ -30,6 +34,7 @@ from joulemark_agent.pulling import Puller
 from joulemark_agent.store import Store
 
 JSON_LIMIT = 1024 * 1024
+TICKET_LIMIT = 16 * 1024
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +48,10 @@ class Services:
     outbox: Outbox
     completions: Completions
     puller: Puller
+    gate: Gate
     device: Callable[[], DeviceFacts]
-    note: str | None
-    """What had to be done to open the journal, if anything."""
+    notes: Callable[[], tuple[str, ...]]
+    """What a person should know: the disk refuses, the host does not let the board take part."""
     start: Callable[[], None]
     stop: Callable[[], None]
 
@@ -59,15 +65,22 @@ def create_app(services: Services) -> FastAPI:
         yield
         await run_in_threadpool(services.stop)
 
-    app = FastAPI(title="Joulemark agent", version=__version__, lifespan=lifespan)
+    app = FastAPI(
+        title="Joulemark agent", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
+    )
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(JoulemarkError, _answer_error)
     app.add_exception_handler(OSError, _answer_error)
     app.add_exception_handler(Exception, _answer_error)
-    _add_state(app, services)
-    _add_artifacts(app, services)
-    _add_runs(app, services)
-    app.include_router(create_router(services.store, services.completions))
+    reader = APIRouter(dependencies=[Depends(services.gate.guard("viewer", "operator"))])
+    operator = APIRouter(dependencies=[Depends(services.gate.guard("operator"))])
+    _add_entrance(app, services.gate)
+    _add_state(app, reader, services)
+    _add_artifacts(reader, operator, services)
+    _add_runs(reader, operator, services)
+    operator.include_router(create_router(services.store, services.completions))
+    app.include_router(reader)
+    app.include_router(operator)
     return app
 
 
@@ -76,7 +89,9 @@ async def _answer_http_error(_: Request, error: Exception) -> JSONResponse:
     status = error.status_code if isinstance(error, HTTPException) else 500
     code = "not_found" if status == 404 else "bad_input"
     detail = str(error.detail) if isinstance(error, HTTPException) else str(error)
-    problem = Problem(code=code, message=f"HTTP {status}: {detail}", hint="the endpoints are listed under /docs")
+    problem = Problem(
+        code=code, message=f"HTTP {status}: {detail}", hint="the endpoints are listed under /openapi.json"
+    )
     return JSONResponse(problem.model_dump(), status_code=status)
 
 
@@ -85,11 +100,36 @@ async def _answer_error(_: Request, error: Exception) -> JSONResponse:
     status = http_status(problem.code)
     if problem.code == "internal":
         log.error("unexpected error in a request", exc_info=error)
-    return JSONResponse(problem.model_dump(), status_code=status)
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    if isinstance(error, TooManyAttempts):
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    return JSONResponse(problem.model_dump(), status_code=status, headers=headers)
 
 
-def _add_state(app: FastAPI, services: Services) -> None:
+def _add_entrance(app: FastAPI, gate: Gate) -> None:
+    """The only routes that ask nobody who they are."""
+
     @app.get("/healthz")
+    def health() -> Any:
+        return {"status": "ok", "version": __version__, "schema": SCHEMA}
+
+    @app.post("/api/challenge")
+    def challenge() -> Challenge:
+        return gate.challenge()
+
+    @app.post("/api/entry", status_code=201)
+    async def enter(request: Request) -> Entry:
+        ticket = await read_model(request, Envelope, TICKET_LIMIT)
+        peer = request.client.host if request.client is not None else "unknown"
+        return await run_in_threadpool(gate.enter, ticket, peer)
+
+
+def _add_state(app: FastAPI, reader: APIRouter, services: Services) -> None:
+    @reader.get("/openapi.json", include_in_schema=False)
+    def interface() -> Any:
+        return app.openapi()
+
+    @reader.get("/api/health")
     def health() -> Any:
         outbox = services.outbox
         state = {
@@ -97,21 +137,20 @@ def _add_state(app: FastAPI, services: Services) -> None:
             "dropped": [entry.model_dump() for entry in outbox.dropped()],
             "rejected": [entry.model_dump() for entry in outbox.rejected()],
         }
-        notes = [note for note in (outbox.note(), services.note, services.jobs.trouble()) if note]
         return {
             "status": "ok",
             "version": __version__,
             "schema": SCHEMA,
             "busy": services.jobs.busy(),
             "outbox": state,
-            "notes": notes,
+            "notes": services.notes(),
         }
 
-    @app.get("/api/device")
+    @reader.get("/api/device")
     def device() -> Any:
         return services.device().model_dump()
 
-    @app.get("/metrics")
+    @reader.get("/metrics")
     def metrics() -> Response:
         # Imported here: it costs memory that an agent without Prometheus should not pay.
         from joulemark_agent.prometheus import CONTENT_TYPE, exposition
@@ -119,41 +158,41 @@ def _add_state(app: FastAPI, services: Services) -> None:
         return PlainTextResponse(exposition(services.jobs, services.outbox), media_type=CONTENT_TYPE)
 
 
-def _add_artifacts(app: FastAPI, services: Services) -> None:
+def _add_artifacts(reader: APIRouter, operator: APIRouter, services: Services) -> None:
     store = services.store
 
-    @app.get("/api/artifacts")
+    @reader.get("/api/artifacts")
     def artifacts() -> Any:
         return {artifact_id: manifest.model_dump() for artifact_id, manifest in store.artifacts().items()}
 
-    @app.post("/api/artifacts")
+    @operator.post("/api/artifacts")
     async def announce(request: Request) -> Any:
         manifest = await read_model(request, Manifest, JSON_LIMIT)
         artifact_id, missing = await run_in_threadpool(store.announce, manifest)
         return {"artifact_id": artifact_id, "missing": list(missing)}
 
-    @app.get("/api/artifacts/{artifact_id}")
+    @reader.get("/api/artifacts/{artifact_id}")
     def artifact(artifact_id: str) -> Any:
         progress = store.progress(artifact_id)
         problem = services.puller.problem(artifact_id)
         return {**progress.model_dump(), "problem": problem.model_dump() if problem else None}
 
-    @app.post("/api/artifacts/{artifact_id}/pull", status_code=202)
+    @operator.post("/api/artifacts/{artifact_id}/pull", status_code=202)
     def pull(artifact_id: str) -> Any:
         services.puller.start(artifact_id)
         return {"artifact_id": artifact_id}
 
-    @app.delete("/api/artifacts/{artifact_id}", status_code=204)
+    @operator.delete("/api/artifacts/{artifact_id}", status_code=204)
     def forget(artifact_id: str) -> None:
         if services.jobs.needs(artifact_id):
             raise Conflict("a queued or running run needs this artifact", "cancel the run, or wait until it is over")
         store.delete(artifact_id)
 
-    @app.head("/api/files/{sha256}")
+    @operator.head("/api/files/{sha256}")
     def offset(sha256: str) -> Response:
         return Response(headers={"Upload-Offset": str(store.offset(sha256)), "Cache-Control": "no-store"})
 
-    @app.put("/api/files/{sha256}")
+    @operator.put("/api/files/{sha256}")
     async def upload(request: Request, sha256: str, offset: int = 0) -> Any:
         limit = store.expected_size(sha256) - offset
         if limit < 0 or offset < 0:
@@ -163,37 +202,37 @@ def _add_artifacts(app: FastAPI, services: Services) -> None:
         complete = await run_in_threadpool(store.finish_if_complete, sha256)
         return {"sha256": sha256, "offset": offset, "complete": complete}
 
-    @app.put("/api/packs/{pack_id}")
+    @operator.put("/api/packs/{pack_id}")
     async def put_pack(request: Request, pack_id: str) -> Any:
         data = await read_body(request, MAX_PACK_BYTES)
         await run_in_threadpool(store.put_pack, pack_id, data)
         return {"pack_id": pack_id}
 
-    @app.get("/api/packs")
+    @reader.get("/api/packs")
     def list_packs() -> Any:
         return {"packs": list(store.packs())}
 
 
-def _add_runs(app: FastAPI, services: Services) -> None:
+def _add_runs(reader: APIRouter, operator: APIRouter, services: Services) -> None:
     jobs = services.jobs
 
-    @app.post("/api/runs", status_code=201)
+    @operator.post("/api/runs", status_code=201)
     async def create(request: Request) -> Any:
         spec = await read_model(request, RunSpec, JSON_LIMIT)
         return (await run_in_threadpool(jobs.submit, spec)).model_dump()
 
-    @app.get("/api/runs")
+    @reader.get("/api/runs")
     def runs() -> Any:
         return {"runs": [state.model_dump() for state in jobs.states()]}
 
-    @app.get("/api/runs/{run_id}")
+    @reader.get("/api/runs/{run_id}")
     def state(run_id: str) -> Any:
         return jobs.state(run_id).model_dump()
 
-    @app.delete("/api/runs/{run_id}", status_code=202)
+    @operator.delete("/api/runs/{run_id}", status_code=202)
     def cancel(run_id: str) -> Any:
         return jobs.cancel(run_id).model_dump()
 
-    @app.get("/api/runs/{run_id}/record")
+    @reader.get("/api/runs/{run_id}/record")
     def record(run_id: str) -> Response:
         return Response(jobs.record(run_id), media_type="application/json")

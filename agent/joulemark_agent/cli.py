@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import getpass
 import platform
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from joulemark.errors import BadInput
+from joulemark import signing
+from joulemark.errors import BadInput, Conflict
 from joulemark_agent.sysfs import Roots
+
+DEFAULT_DATA = Path("~/.local/share/joulemark/agent")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -21,25 +25,32 @@ def joulemark() -> None:
 
 @app.command()
 def agent(
-    data: Annotated[Path, typer.Option(help="Folder that the agent owns: artifacts, journal, outbox.")] = Path(
-        "~/.local/share/joulemark/agent"
-    ),
+    data: Annotated[
+        Path, typer.Option(help="Folder that the agent owns: identity, artifacts, journal, outbox.")
+    ] = DEFAULT_DATA,
     listen: Annotated[
         str, typer.Option(help="Address and port to serve on; port 0 takes a free one.")
     ] = "127.0.0.1:8090",
-    host_url: Annotated[str | None, typer.Option(help="The host that records go to and artifacts come from.")] = None,
+    host_url: Annotated[
+        str | None,
+        typer.Option(help="The host to enrol at with --enrol-key-file, or an open host (a trial on loopback)."),
+    ] = None,
+    enrol_key_file: Annotated[
+        Path | None, typer.Option(help="Enrol with the key in this file at the first start, and remove it then.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What people call this board; default: its host name.")] = None,
     profile: Annotated[str | None, typer.Option(help="Device profile; default: the one that matches.")] = None,
     replay: Annotated[
         Path | None, typer.Option(help="Play this recorded trace back as a meter (for trials; results say so).")
     ] = None,
-    allow_unauthenticated: Annotated[
-        bool, typer.Option(help="Serve beyond loopback although there is no authentication yet.")
+    open_to_all: Annotated[
+        bool,
+        typer.Option("--open", help="For a trial: let everybody on this machine in, on loopback, with nothing signed."),
     ] = False,
 ) -> None:
     """Serve this board: take models and task packs, run them one at a time, deliver the records.
 
-    Example: joulemark agent --listen 127.0.0.1:8090 --host-url http://127.0.0.1:8080
+    Once: joulemark enrol https://workstation:8443. Then: joulemark agent --listen 0.0.0.0:8090
     """
     from joulemark_agent.server import serve
     from joulemark_agent.settings import Settings
@@ -48,10 +59,50 @@ def agent(
         data=data.expanduser(),
         name=name or platform.node() or "board",
         host_url=host_url,
+        open_to_all=open_to_all,
+        key_file=enrol_key_file.expanduser() if enrol_key_file is not None else None,
         profile=profile,
         replay=replay,
     )
-    serve(settings, listen, allow_unauthenticated)
+    serve(settings, listen)
+
+
+@app.command()
+def enrol(
+    host_url: Annotated[str, typer.Argument(help="The host's address, such as https://workstation:8443.")],
+    key_file: Annotated[
+        Path | None, typer.Option(help="File with the one-time key; without it the key is asked for, unseen.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What people call this board; default: its host name.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Device profile; default: the one that matches.")] = None,
+    data: Annotated[Path, typer.Option(help="The agent's data folder.")] = DEFAULT_DATA,
+    leave: Annotated[bool, typer.Option("--leave", help="Leave the host that this board belongs to now.")] = False,
+) -> None:
+    """Make this board known to a host, once, with a key that `joulemark host token` printed there.
+
+    The key names the host, so that no other can pose as it. Start the agent (again) afterwards.
+    """
+    from joulemark_agent import identity
+    from joulemark_agent.server import enrol as enrol_here
+    from joulemark_agent.settings import Settings
+
+    who = identity.load(data.expanduser() / "identity")
+    if who.membership is not None:
+        if not leave:
+            raise Conflict(
+                f"this board belongs to {who.membership.host_url} as {who.membership.name!r} already",
+                "say --leave to enrol elsewhere; its records that are still here go to the new host",
+            )
+        identity.leave(who)
+        who = identity.load(who.folder)
+    key = key_file.expanduser().read_text("utf-8") if key_file is not None else getpass.getpass("one-time key: ")
+    settings = Settings(data=data.expanduser(), name=name or platform.node() or "board", profile=profile)
+    enrolled = enrol_here(settings, who, host_url, key)
+    assert enrolled.membership is not None
+    if key_file is not None:
+        key_file.expanduser().unlink()
+    typer.echo(f"✓ enrolled at {host_url} as {enrolled.membership.name!r}, key {signing.key_id(enrolled.key.public)}")
+    typer.echo("next: `joulemark devices approve` on the host, unless the key said so; then start the agent here")
 
 
 @app.command(name="eval")
@@ -116,9 +167,7 @@ def verify(
 
 @app.command()
 def doctor(
-    data: Annotated[Path, typer.Option(help="The agent's data folder, for the free space.")] = Path(
-        "~/.local/share/joulemark/agent"
-    ),
+    data: Annotated[Path, typer.Option(help="The agent's data folder, for the free space.")] = DEFAULT_DATA,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Say what this machine has: cores, memory, bandwidth, engines, meters, clock, contention; and what to do about problems."""

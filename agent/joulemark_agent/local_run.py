@@ -14,7 +14,7 @@ from pathlib import Path
 
 from joulemark import artifact, documents, packs, plugins
 from joulemark.errors import NotFound
-from joulemark.wire import Manifest, RunRecord, RunSpec, RunState, content_id
+from joulemark.wire import DeviceFacts, Manifest, Metric, RunRecord, RunSpec, RunState, content_id
 from joulemark_agent import bandwidth
 from joulemark_agent.jobs import Jobs, Machine
 from joulemark_agent.journal import Journal
@@ -54,18 +54,26 @@ class LocalFiles:
         return self.packs[pack_id]
 
 
-def local_machine(roots: Roots, device_id: str, name: str, profile: str | None, replay: Path | None) -> Machine:
-    """This machine, matched to its profile; its memory bandwidth is measured when a run begins."""
+def local_machine(
+    roots: Roots, device_id: str, name: str | Callable[[], str], profile: str | None, replay: Path | None
+) -> Machine:
+    """This machine, matched to its profile; its memory bandwidth is measured when a run begins. A host may give it another name at any
+    time: then `name` is asked for."""
     chosen = match(load_profiles(), roots, profile)
     sensors, absent = open_sensors(chosen, roots, None)
     channels = tuple(channel for sensor in sensors for channel in sensor.channels)
     for sensor in sensors:
         sensor.close()
     meters = tuple(channel for channel in channels if channel.quantity in ("power", "energy"))
+
+    def facts(measured: Metric) -> DeviceFacts:
+        called = name if isinstance(name, str) else name()
+        return device_facts(chosen, roots, device_id, called, meters, absent, measured)
+
     return Machine(
         profile=chosen,
         roots=roots,
-        facts=lambda measured: device_facts(chosen, roots, device_id, name, meters, absent, measured),
+        facts=facts,
         bandwidth=lambda: bandwidth.measure(roots),
         replay=replay,
     )

@@ -27,6 +27,7 @@ from joulemark import plugins
 from joulemark.errors import BadInput, Conflict, JoulemarkError
 from joulemark.wire import Wire
 from joulemark_agent.database import database_errors, open_database, transaction
+from joulemark_agent.host_link import HostLink
 from joulemark_agent.sinks import Options, Sink, SinkUnavailable
 
 FIRST_DELAY_S = 2.0
@@ -233,9 +234,10 @@ class Outbox:
             with self._change() as database:
                 self._trim(database)
 
-    def sender(self, host_url: str | None, paused: Callable[[], bool]) -> Sender:
+    def sender(self, link: HostLink | None, paused: Callable[[], bool]) -> Sender:
         """A sender to the host, or one that only keeps the bounds when there is no host."""
-        sink = plugins.load("joulemark_agent.sinks", "http").open_sink(Options(host_url)) if host_url else None
+        http = plugins.load("joulemark_agent.sinks", "http") if link is not None else None
+        sink = http.open_sink(Options(link.url, link=link)) if http is not None and link is not None else None
         return Sender(self, sink, paused)
 
     # --- inside -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import httpx
 
 from joulemark.errors import BadInput, JoulemarkError, NotFound, Unavailable, to_problem
 from joulemark.wire import Problem
+from joulemark_agent.host_link import HostLink
 from joulemark_agent.store import Store
 
 CHUNK_BYTES = 256 * 1024
@@ -26,9 +27,9 @@ log = logging.getLogger(__name__)
 class Puller:
     """At most one transfer at a time; others wait. `paused` says when not to disturb (a run is measured)."""
 
-    def __init__(self, store: Store, host_url: str | None, paused: Callable[[], bool]) -> None:
+    def __init__(self, store: Store, link: HostLink | None, paused: Callable[[], bool]) -> None:
         self._store = store
-        self._host_url = host_url
+        self._link = link
         self._paused = paused
         self._problems: dict[str, Problem] = {}
         self._wanted: list[str] = []
@@ -38,8 +39,8 @@ class Puller:
 
     def start(self, artifact_id: str) -> None:
         """Queue a pull. Raises NotFound for an artifact whose manifest is not here, BadInput without a host."""
-        if self._host_url is None:
-            raise BadInput("this agent has no host to pull from", "start it with --host-url, or upload the files")
+        if self._link is None:
+            raise BadInput("this agent has no host to pull from", "enrol it, or upload the files")
         self._store.manifest_of(artifact_id)
         with self._lock:
             self._problems.pop(artifact_id, None)
@@ -78,7 +79,8 @@ class Puller:
                 self._wanted.remove(artifact_id)
 
     def _pull(self, artifact_id: str) -> None:
-        with httpx.Client(base_url=self._host_url or "", timeout=30, follow_redirects=False) as client:
+        assert self._link is not None
+        with self._link.client() as client:
             for attempt in range(TRIES):
                 try:
                     self._store.pull(artifact_id, lambda sha256, offset: self._fetch(client, sha256, offset))

@@ -9,56 +9,107 @@ import contextlib
 import ipaddress
 import logging
 import socket
+import ssl
 import sys
-import uuid
-from pathlib import Path
+import time
 
 import uvicorn
 
-from joulemark.errors import BadInput, Conflict, DigestMismatch
+from joulemark.errors import BadInput, Conflict, DigestMismatch, Unavailable
+from joulemark.protocol import SessionRequest
 from joulemark.wire import Absent, DeviceFacts, Manifest
+from joulemark_agent import enrolment, hardware, identity
 from joulemark_agent.api import Services, create_app
 from joulemark_agent.completions import Completions
+from joulemark_agent.gate import Gate, local_token
+from joulemark_agent.host_link import HostLink, checked_url
+from joulemark_agent.identity import Identity
 from joulemark_agent.jobs import Jobs
 from joulemark_agent.journal import Journal
 from joulemark_agent.local_run import local_machine
+from joulemark_agent.machine import boot_id
 from joulemark_agent.outbox import Outbox
 from joulemark_agent.pulling import Puller
+from joulemark_agent.session import Session, new_instance_id
 from joulemark_agent.settings import Settings
 from joulemark_agent.store import Store
 
 log = logging.getLogger(__name__)
 CONNECTION_LIMIT = 128
 SETTLE_S = 10.0
+FIRST_WAIT_S = 2.0
+LONGEST_WAIT_S = 300.0
 
 
-def serve(settings: Settings, listen: str, allow_unauthenticated: bool) -> None:
+def serve(settings: Settings, listen: str) -> None:
     """Serve until SIGINT or SIGTERM. Raises Conflict for a port in use, BadInput for an address that is not allowed."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    listener = bind(listen, allow_unauthenticated)
-    address, port = listener.getsockname()[:2]
-    app = create_app(assemble(settings))
-    log.info("agent %s serves on http://%s:%s, data in %s", settings.name, address, port, settings.data)
-    config = uvicorn.Config(
-        app, log_level="warning", limit_concurrency=CONNECTION_LIMIT, timeout_keep_alive=5, timeout_graceful_shutdown=5
-    )
-    server = uvicorn.Server(config)
-    server.run(sockets=[listener])
+    folder = settings.data / "identity"
+    with bind(listen, enrolled=identity.is_enrolled(folder) or settings.key_file is not None) as listener:
+        who = _enrolled(settings, identity.load(folder))
+        if who.membership is None and not settings.open_to_all:
+            log.warning(
+                "this board belongs to no host: `joulemark enrol HOST_URL` makes it known to one; for a trial: --open"
+            )
+        app = create_app(assemble(settings, who))
+        files = None if is_loopback(listener) else who.tls_files
+        address, port = listener.getsockname()[:2]
+        scheme = "https" if files is not None else "http"
+        log.info("agent %s (%s) serves on %s://%s:%s", settings.name, who.device_id, scheme, address, port)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            limit_concurrency=CONNECTION_LIMIT,
+            timeout_keep_alive=5,
+            timeout_graceful_shutdown=5,
+            server_header=False,
+            ssl_certfile=files[0] if files is not None else None,
+            ssl_keyfile=str(files[1]) if files is not None else None,
+        )
+        config.load()
+        if config.ssl is not None:
+            config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
+        uvicorn.Server(config).run(sockets=[listener])
 
 
-def bind(listen: str, allow_unauthenticated: bool) -> socket.socket:
-    """A listening socket on `address:port`."""
+def enrol(settings: Settings, who: Identity, url: str, key: str) -> Identity:
+    """Makes this board known to a host. Raises what `joulemark_agent.enrolment.enrol` raises."""
+    machine = local_machine(settings.roots, who.device_id, settings.name, settings.profile, None)
+    facts = machine.facts(Absent(reason="measured at the beginning of a run"))
+    return enrolment.enrol(who, url, key, settings.name, hardware.digest(settings.roots, who.key.public), facts)
+
+
+def _enrolled(settings: Settings, who: Identity) -> Identity:
+    """Enrols with the key file of a flashed card, as soon as the host answers; the key is removed once it was used."""
+    if settings.key_file is None:
+        return who
+    wait_s = FIRST_WAIT_S
+    while who.membership is None:
+        if settings.host_url is None:
+            raise BadInput("an enrolment key was given, but no host", "say --host-url too")
+        try:
+            who = enrol(settings, who, settings.host_url, settings.key_file.read_text("utf-8"))
+        except Unavailable as error:
+            log.warning("%s; next try in %.0f s", error.message, wait_s)
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+    settings.key_file.unlink(missing_ok=True)
+    return who
+
+
+def bind(listen: str, enrolled: bool) -> socket.socket:
+    """A listening socket on `address:port`. Beyond loopback only an agent that knows its host may be reached."""
     address, _, port = listen.rpartition(":")
     try:
         parsed = ipaddress.ip_address(address.strip("[]") or "127.0.0.1")
         number = int(port)
     except ValueError as error:
         raise BadInput(f"{listen!r} is not an address and a port", "for example --listen 127.0.0.1:8090") from error
-    if not parsed.is_loopback and not allow_unauthenticated:
+    if not parsed.is_loopback and not enrolled:
         raise BadInput(
-            f"{parsed} is reachable from other machines and this agent has no authentication yet",
-            "bind to 127.0.0.1, or say --allow-unauthenticated on a network that you trust",
+            f"{parsed} is reachable from other machines, and this agent knows no host yet whose word counts",
+            "enrol it first: joulemark enrol HOST_URL; or listen on 127.0.0.1",
         )
     family = socket.AF_INET6 if parsed.version == 6 else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -74,13 +125,19 @@ def bind(listen: str, allow_unauthenticated: bool) -> socket.socket:
     return listener
 
 
-def assemble(settings: Settings) -> Services:
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether only this machine reaches the socket."""
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+
+
+def assemble(settings: Settings, who: Identity) -> Services:
     """All parts of an agent, not yet started. Raises OSError when the data folder cannot be written."""
     settings.data.mkdir(parents=True, exist_ok=True)
     store = Store(settings.data / "store")
     journal = Journal(settings.data / "journal.sqlite")
     outbox = Outbox(settings.data / "outbox.sqlite", settings.outbox_bytes, settings.outbox_age_s)
-    machine = local_machine(settings.roots, device_id(settings.data), settings.name, settings.profile, settings.replay)
+    names = [who.membership.name if who.membership is not None else settings.name]
+    machine = local_machine(settings.roots, who.device_id, lambda: names[-1], settings.profile, settings.replay)
     completions = Completions(store, machine, settings.serve_idle_s)
 
     def make_quiet() -> None:
@@ -94,18 +151,45 @@ def assemble(settings: Settings) -> Services:
                 store.verify_file(entry.sha256)
 
     jobs = Jobs(journal, store, machine, outbox.add, make_quiet, put_aside)
-    sender = outbox.sender(settings.host_url, paused=jobs.busy)
-    puller = Puller(store, settings.host_url, paused=jobs.busy)
 
     def device() -> DeviceFacts:
         return machine.facts(Absent(reason="measured at the beginning of a run"))
+
+    def presentation() -> SessionRequest:
+        boot = boot_id(settings.roots)
+        return SessionRequest(
+            instance_id=instance_id,
+            boot_id=boot if isinstance(boot, str) else "unknown",
+            hardware=hardware.digest(settings.roots, who.key.public),
+            facts=device(),
+        )
+
+    instance_id = new_instance_id()
+    link = _link(settings, who, instance_id)
+    session = None
+    if link is not None and link.credential is not None:
+        session = Session(link, presentation, jobs.busy, lambda answer: names.append(answer.name))
+
+    def silent() -> bool:
+        return jobs.busy() or (session is not None and not session.ready())
+
+    sender = outbox.sender(link, paused=silent)
+    puller = Puller(store, link, paused=silent)
+
+    def notes() -> tuple[str, ...]:
+        found = (outbox.note(), journal.note, jobs.trouble(), session.note() if session is not None else None)
+        return tuple(note for note in found if note)
 
     def start() -> None:
         completions.start()
         jobs.start()
         sender.start()
+        if session is not None:
+            session.start()
 
     def stop() -> None:
+        if session is not None:
+            session.stop()
         sender.stop()
         puller.stop()
         jobs.stop()
@@ -113,14 +197,17 @@ def assemble(settings: Settings) -> Services:
         journal.close()
         outbox.close()
 
-    return Services(store, jobs, outbox, completions, puller, device, journal.note, start, stop)
+    host_key = who.membership.host.signing_key if who.membership is not None else None
+    token = None if settings.open_to_all else local_token(who.folder)
+    gate = Gate(who.device_id, host_key, token, time.monotonic, settings.open_to_all)
+    return Services(store, jobs, outbox, completions, puller, gate, device, notes, start, stop)
 
 
-def device_id(data: Path) -> str:
-    """This board's lasting identity: made once, kept beside its data."""
-    path = data / "device_id"
-    if not path.exists():
-        temporary = data / ".device_id.part"
-        temporary.write_text(f"dev-{uuid.uuid4().hex[:16]}\n")
-        temporary.replace(path)
-    return path.read_text().strip()
+def _link(settings: Settings, who: Identity, instance_id: str) -> HostLink | None:
+    if who.membership is not None:
+        return HostLink(
+            who.membership.host_url, who.credential, instance_id, authority_pem=who.membership.host.authority_pem
+        )
+    if settings.host_url is not None and settings.open_to_all:
+        return HostLink(checked_url(settings.host_url))
+    return None

@@ -10,11 +10,16 @@ from joulemark_agent.sysfs import Roots
 
 @dataclass(frozen=True)
 class Settings:
-    """`data` is the folder that the agent owns. `host_url` None: reports stay in the outbox and artifacts come by upload."""
+    """`data` is the folder that the agent owns. Without a host reports stay in the outbox and artifacts come by upload."""
 
     data: Path
     name: str
     host_url: str | None = None
+    """An open host's address; an agent that enrolled knows its host."""
+    open_to_all: bool = False
+    """A trial on loopback: everybody on this machine may use the agent, and nothing has to be signed."""
+    key_file: Path | None = None
+    """A one-time enrolment key that is used, and removed, at the first start."""
     profile: str | None = None
     roots: Roots = field(default_factory=Roots)
     replay: Path | None = None

@@ -1,4 +1,4 @@
-"""The host's commands: host, publish, push, run, records, heatmap, demo. Options in, progress and exit status out.
+"""The host's commands: publish, push, run, records, heatmap, demo. Options in, progress and exit status out.
 
 Exit status: 0 done, 1 it failed (the message says why and what to do), 2 wrong usage. Heavy modules are imported by the
 command that needs them, so that `--help` is quick.
@@ -16,6 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from joulemark.errors import BadInput, NotFound
+from joulemark_host.options import (
+    DEFAULT_DATA,
+    DatabaseOption,
+    DataOption,
+    JsonOption,
+    host_identity,
+    open_records,
+    open_shelf,
+    terminal,
+)
 
 if TYPE_CHECKING:
     from joulemark_host.evaluation import Subject
@@ -24,48 +34,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-DataOption = Annotated[
-    Path, typer.Option(envvar="JOULEMARK_HOST_DATA", help="Folder that the host owns: shelf and record database.")
-]
-DatabaseOption = Annotated[
-    str | None, typer.Option(help="Record database: a file or a URL; default: records.db in the data folder.")
-]
 AgentOption = Annotated[str, typer.Option("--agent", "--to", help="Address of the agent.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-DEFAULT_DATA = Path("~/.local/share/joulemark/host")
 DEFAULT_AGENT = "http://127.0.0.1:8090"
 
 
 @app.callback()
 def joulemark() -> None:
     """The workstation's side: publish models, send them to boards, collect records, draw device × model."""
-
-
-@app.command()
-def host(
-    data: DataOption = DEFAULT_DATA,
-    database: DatabaseOption = None,
-    listen: Annotated[
-        str, typer.Option(help="Address and port to serve on; port 0 takes a free one.")
-    ] = "127.0.0.1:8080",
-    max_record_bytes: Annotated[int, typer.Option(min=1024, help="The largest record that is taken.")] = 64 * 2**20,
-    allow_unauthenticated: Annotated[
-        bool, typer.Option(help="Serve beyond loopback although there is no authentication yet.")
-    ] = False,
-) -> None:
-    """Serve the artifact shelf, take records from agents, and show the grid as a page.
-
-    Example: joulemark host --listen 127.0.0.1:8080, then open http://127.0.0.1:8080 in a browser.
-    """
-    from joulemark_host.api import create_app
-    from joulemark_host.server import bind, names_of, serve
-
-    with bind(listen, allow_unauthenticated) as listener:
-        records = _records(data, database, max_record_bytes)
-        try:
-            serve(create_app(_shelf(data), records, names_of(listener.getsockname()[0])), listener)
-        finally:
-            records.close()
 
 
 @app.command()
@@ -85,7 +60,7 @@ def publish(
     from joulemark_host.publishing import publish_model, publish_task, task_names
     from joulemark_host.terminal import bar
 
-    shelf, console, cache = _shelf(data), _console(as_json), sources.default_cache()
+    shelf, console, cache = open_shelf(data), terminal(as_json), sources.default_cache()
     published: dict[str, str] = {}
     for thing in things:
         with bar(console, f"publish {thing}") as progress:
@@ -117,8 +92,8 @@ def push(
     from joulemark_host import evaluation
     from joulemark_host.client import AgentClient
 
-    shelf, console = _shelf(data), _console()
-    client = AgentClient(agent)
+    shelf, console = open_shelf(data), terminal()
+    client = AgentClient(agent, host_identity(data))
     try:
         missing = evaluation.push(client, shelf, _subject(shelf, model, task, console), console)
     finally:
@@ -152,10 +127,10 @@ def evaluate(
     from joulemark_host.client import AgentClient
     from joulemark_host.records import parse_record
 
-    shelf, records, console = _shelf(data), _records(data, database), _console(as_json)
+    shelf, records, console = open_shelf(data), open_records(data, database), terminal(as_json)
     options: dict[str, Any] = {"limit": limit, "threads": threads, "sequences": sequences, "variant": variant}
     options |= {"context_tokens": context, "backend": backend}
-    client = AgentClient(agent)
+    client = AgentClient(agent, host_identity(data))
     run_ids: list[str] = []
     try:
         subject = _subject(shelf, model, task, console)
@@ -171,7 +146,7 @@ def evaluate(
 
 
 @app.command(name="records")
-def list_records(
+def listopen_records(
     task: Annotated[str | None, typer.Option(help="Only records of this task.")] = None,
     data: DataOption = DEFAULT_DATA,
     database: DatabaseOption = None,
@@ -180,7 +155,7 @@ def list_records(
     """List the records that the host has, latest last, and those that were set aside because their run id was taken."""
     from joulemark_host.terminal import records_table
 
-    records, console = _records(data, database), _console()
+    records, console = open_records(data, database), terminal()
     try:
         runs, aside = records.facts(task), records.quarantined()
     finally:
@@ -213,7 +188,7 @@ def heatmap(
     from joulemark_host import charts, page
     from joulemark_host.figures import draw
 
-    records, console = _records(data, database), _console()
+    records, console = open_records(data, database), terminal()
     try:
         runs, known = records.facts(), records.tasks()
     finally:
@@ -249,31 +224,7 @@ def demo(
 
     # As Ctrl-C: what was started is stopped. Child processes lead their own sessions and would otherwise stay.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    demonstrate(out, limit, keep, _console())
-
-
-def _shelf(data: Path) -> Shelf:
-    from joulemark_host.shelf import Shelf
-
-    return Shelf(data.expanduser() / "shelf")
-
-
-def _records(data: Path, database: str | None, max_record_bytes: int | None = None) -> Records:
-    from joulemark_host.records import MAX_RECORD_BYTES, Records
-
-    if database is None:
-        folder = data.expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        database = str(folder / "records.db")
-    url = database if "://" in database else f"sqlite:///{Path(database).expanduser().absolute()}"
-    return Records(url, max_record_bytes=max_record_bytes or MAX_RECORD_BYTES)
-
-
-def _console(quiet: bool = False) -> Any:
-    """The terminal; with `quiet` (JSON goes to standard output) everything else goes to standard error."""
-    from rich.console import Console
-
-    return Console(stderr=quiet)
+    demonstrate(out, limit, keep, terminal())
 
 
 def _subject(shelf: Shelf, model: str, tasks: str, console: Any) -> Subject:
@@ -303,7 +254,7 @@ def _show_runs(records: Records, run_ids: Sequence[str], as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps([_plain(run) for run in runs], indent=2) + "\n")
         return
-    console = _console()
+    console = terminal()
     console.print(result_table(runs))
     for line in (*explanations(runs), *absences(runs)):
         console.print(f"  {line}", markup=False, highlight=False)

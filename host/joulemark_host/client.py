@@ -7,19 +7,26 @@ times are seconds.
 
 from __future__ import annotations
 
+import getpass
 import logging
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from joulemark import errors
-from joulemark.errors import BadInput, JoulemarkError, Unavailable
+from joulemark import errors, tls
+from joulemark.errors import BadInput, JoulemarkError, Unavailable, Untrusted
+from joulemark.protocol import Challenge, Entry
+from joulemark.statements import TicketStatement, write_envelope
 from joulemark.wire import DeviceFacts, Manifest, Problem, RunSpec, RunState, Sha256, Wire, canonical_json
+
+if TYPE_CHECKING:
+    from joulemark_host.identity import HostIdentity
 
 LOG = logging.getLogger(__name__)
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -50,11 +57,12 @@ class _Transfer(Wire):
 
 
 class AgentClient:
-    """One agent at `url`, such as http://pi5.local:8090."""
+    """One agent at `url`, such as https://pi5.local:8090. `host` signs the tickets that let its people in."""
 
     def __init__(
         self,
         url: str,
+        host: HostIdentity | None = None,
         http: httpx.Client | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Sleep = time.sleep,
@@ -62,7 +70,10 @@ class AgentClient:
         if not url.startswith(("http://", "https://")):
             raise BadInput(f"{url!r} is not the address of an agent", "for example http://127.0.0.1:8090")
         self.url = url.rstrip("/")
-        self._http = http or httpx.Client(timeout=httpx.Timeout(30.0, connect=5.0), follow_redirects=False)
+        self._host = host
+        self._token: str | None = None
+        self._given = http
+        self._http = http or _client(host, None)
         self._clock = clock
         self._sleep = sleep
 
@@ -178,32 +189,64 @@ class AgentClient:
         length = {"Content-Length": str(path.stat().st_size - offset)}
         self._ask("PUT", f"/api/files/{sha256}?offset={offset}", content=blocks(), headers=length, timeout=600.0)
 
+    def _enter(self, host: HostIdentity) -> None:
+        """Gets a token from the agent for a ticket of the host; from then on the very board that it was for is spoken to."""
+        challenge = _parsed(Challenge, self._send("POST", "/api/challenge").content)
+        ticket = TicketStatement(
+            device_id=challenge.device_id, nonce=challenge.nonce, role="operator", who=getpass.getuser()
+        )
+        if self._given is None:
+            self._http.close()
+            self._http = _client(host, challenge.device_id)
+        body = write_envelope(host.key.sign(ticket))
+        answer = self._send("POST", "/api/entry", content=body)
+        if not answer.is_success:
+            raise _error_of(answer, f"POST /api/entry at {self.url}")
+        self._token = _parsed(Entry, answer.content).token
+
     def _ask(self, method: str, path: str, **arguments: Any) -> httpx.Response:
-        try:
-            response = self._http.request(method, self.url + path, **arguments)
-        except httpx.TransportError as error:
-            raise Unavailable(
-                f"the agent at {self.url} does not answer: {error}", "is it running? `joulemark agent` starts one"
-            ) from error
+        response = self._send(method, path, **arguments)
+        if response.status_code == 401 and self._host is not None:
+            self._enter(self._host)
+            if not isinstance(arguments.get("content"), Iterator):  # a stream is used up: its sender begins again
+                response = self._send(method, path, **arguments)
         if response.is_success:
             return response
         raise _error_of(response, f"{method} {path} at {self.url}")
 
+    def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        headers = {**arguments.pop("headers", {})}
+        if self._token is not None:
+            headers["Authorization"] = f"Bearer {self._token}"
+        try:
+            return self._http.request(method, self.url + path, headers=headers, **arguments)
+        except httpx.ConnectError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise Untrusted(
+                    f"what answers at {self.url} is no board of this host",
+                    "enrol it here first; if it was, somebody stands between",
+                ) from error
+            raise _silent(self.url, error) from error
+        except httpx.TransportError as error:
+            raise _silent(self.url, error) from error
 
-def error_from(problem: Problem) -> JoulemarkError:
-    """The error that this problem was before it travelled; an unknown code stays on a plain JoulemarkError."""
-    kinds = {
-        kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, JoulemarkError)
-    }
-    error = kinds.get(problem.code, JoulemarkError)(problem.message, problem.hint)
-    error.code = problem.code
-    error.retryable = problem.retryable
-    return error
+
+def _client(host: HostIdentity | None, device_id: str | None) -> httpx.Client:
+    """A client that trusts the host's authority alone: any board of it, or the one with this id."""
+    verify: ssl.SSLContext | bool = True
+    if host is not None:
+        verify = tls.pinned(host.authority_pem, tls.device_name(device_id) if device_id is not None else None)
+    timeout = httpx.Timeout(30.0, connect=5.0)
+    return httpx.Client(timeout=timeout, follow_redirects=False, trust_env=False, verify=verify)
+
+
+def _silent(url: str, error: Exception) -> Unavailable:
+    return Unavailable(f"the agent at {url} does not answer: {error}", "is it running? `joulemark agent` starts one")
 
 
 def _error_of(response: httpx.Response, request: str) -> JoulemarkError:
     try:
-        return error_from(Problem.model_validate_json(response.content))
+        return errors.error_from(Problem.model_validate_json(response.content))
     except ValidationError:
         return Unavailable(f"{request} was answered {response.status_code}", "is that the address of an agent?")
 

@@ -9,25 +9,28 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 from rich.console import Console
 
-from joulemark import sources
-from joulemark.errors import JoulemarkError, Unavailable
+from joulemark import signing, sources, tls
+from joulemark.errors import JoulemarkError, NotFound, Unavailable
 from joulemark.wire import RunRecord
-from joulemark_host import charts, page
+from joulemark_host import charts, identity, page
 from joulemark_host.client import AgentClient
 from joulemark_host.evaluation import Subject, push, run_task
 from joulemark_host.facts import RunFacts
 from joulemark_host.figures import Figure, draw
+from joulemark_host.identity import HostIdentity
+from joulemark_host.options import database_url, identity_folder
 from joulemark_host.processes import Child, free_port
 from joulemark_host.publishing import publish_model, publish_task
 from joulemark_host.records import Records
+from joulemark_host.registry import Registry
 from joulemark_host.shelf import Shelf
 from joulemark_host.terminal import absences, bar, explanations, result_table
 
@@ -45,6 +48,8 @@ class Servers:
     """A host and an agent that reports to it, both answering."""
 
     host_url: str
+    identity: HostIdentity
+    records: Records
     agent: AgentClient
     agent_process: Child
 
@@ -60,12 +65,8 @@ def demonstrate(out: Path, limit: int, keep: Path | None, console: Console) -> N
             push(running.agent, shelf, subject, console)
             for task in TASKS:
                 record = run_task(running.agent, subject, task, {"limit": limit}, console)
-                await_delivery(running.host_url, record, console)
-        records = Records(f"sqlite:///{data / 'host' / 'records.db'}")
-        try:
-            runs = [run for run in records.facts() if run.artifact_id == subject.artifact_id][-len(TASKS) :]
-        finally:
-            records.close()
+                await_delivery(running.records, record, console)
+            runs = [run for run in running.records.facts() if run.artifact_id == subject.artifact_id][-len(TASKS) :]
     _report(runs, out, console)
     console.print(f"\nDone in {time.monotonic() - started:.0f} s.")
 
@@ -85,38 +86,71 @@ def _publish(shelf: Shelf, console: Console) -> Subject:
 def servers(data: Path, console: Console) -> Generator[Servers, None, None]:
     """A host and an agent that reports to it, both ready; stopped at the end, the agent first."""
     host_listen, agent_listen = (f"127.0.0.1:{free_port()}" for _ in range(2))
-    host_url = f"http://{host_listen}"
-    host_arguments = ["host", "--listen", host_listen, "--data", str(data / "host")]
-    agent_arguments = ["agent", "--listen", agent_listen, "--data", str(data / "agent"), "--host-url", host_url]
+    folder = identity_folder(data / "host")
+    who = identity.read(folder) if identity.exists(folder) else identity.create(folder)
+    host_url = f"https://{host_listen}"
+    host_arguments = ["host", "--listen", host_listen, "--data", str(data / "host"), "--tls"]
     with Child("host", host_arguments, data / "host.log") as host:
         with console.status("start the host"):
-            AgentClient(host_url).wait_ready(START_S, host.check)
+            await_host(host_url, who, host.check)
         console.print(f"✓ host on {host_url}", markup=False)
+        agent_arguments = ["agent", "--listen", agent_listen, "--data", str(data / "agent"), "--host-url", host_url]
+        agent_arguments += ["--enrol-key-file", str(_key_file(data, who))]
         with Child("agent", agent_arguments, data / "agent.log") as child:
-            agent = AgentClient(f"http://{agent_listen}")
+            agent = AgentClient(f"http://{agent_listen}", who)
             with console.status("start the agent"):
                 agent.wait_ready(START_S, child.check)
-            console.print(f"✓ agent on {agent.url}: {agent.device().title}", markup=False)
+            console.print(f"✓ agent on {agent.url}, enrolled: {agent.device().title}", markup=False)
+            records = Records(database_url(data / "host", None))
             try:
-                yield Servers(host_url, agent, child)
+                yield Servers(host_url, who, records, agent, child)
             except JoulemarkError:
                 console.print(f"the agent's log ends so:\n{child.tail()}", markup=False, highlight=False)
                 child.check(DYING_S)
                 raise
             finally:
                 agent.close()
+                records.close()
         console.print("✓ host and agent stopped")
 
 
-def await_delivery(host_url: str, record: bytes, console: Console) -> None:
+def await_host(url: str, who: HostIdentity, alive: Callable[[], None]) -> None:
+    """Returns once the host answers under its own certificate, or raises Unavailable."""
+    deadline = time.monotonic() + START_S
+    with httpx.Client(verify=tls.pinned(who.authority_pem, tls.HOST_NAME), trust_env=False) as http:
+        while True:
+            alive()
+            try:
+                http.get(f"{url}/healthz").raise_for_status()
+            except httpx.HTTPError as error:
+                if time.monotonic() > deadline:
+                    raise Unavailable(f"the host at {url} does not answer: {error}", "look at its log") from error
+                time.sleep(0.1)
+            else:
+                return
+
+
+def _key_file(data: Path, who: HostIdentity) -> Path:
+    """A one-time key for the demonstration's board, in a file as it lies on a flashed card."""
+    registry = Registry(database_url(data / "host", None), who.fingerprint)
+    try:
+        key = registry.issue_key("device", "the demonstration", approved=True)
+    finally:
+        registry.close()
+    path = data / "enrol.key"
+    signing.write_secret(path, key.text())
+    return path
+
+
+def await_delivery(records: Records, record: bytes, console: Console) -> None:
     """Waits until the agent's outbox has brought the record to the host, byte for byte."""
     run_id = RunRecord.model_validate_json(record).spec.run_id
     deadline = time.monotonic() + DELIVERY_S
-    with console.status("deliver the record"), httpx.Client(timeout=10.0) as http:
+    with console.status("deliver the record"):
         while True:
-            answer = http.get(f"{host_url}/api/records/{run_id}")
-            if answer.status_code == 200 and answer.content == record:
-                return
+            with suppress(NotFound):
+                if records.raw(run_id) == record:
+                    return
             if time.monotonic() > deadline:
                 raise Unavailable(
                     f"the record of {run_id} did not reach the host within {DELIVERY_S:g} s", "look at the agent's log"

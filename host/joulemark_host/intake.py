@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import AsyncIterator
-from typing import IO
+from typing import IO, TypeVar
 
 import anyio
+from pydantic import BaseModel, ValidationError
 
 from joulemark.errors import BadInput, Unavailable
 from joulemark_host.records import TooLarge
 
+Parsed = TypeVar("Parsed", bound=BaseModel)
 SPOOL_IN_MEMORY = 256 * 1024
+SMALL_BYTES = 256 * 1024
+SMALL_TIMEOUT_S = 20.0
 
 
 class Unacceptable(BadInput):
@@ -56,7 +60,28 @@ async def spool(
     return body
 
 
+async def small_body(chunks: AsyncIterator[bytes], announced: str | None) -> bytes:
+    """A body of at most 256 KiB that arrives within 20 seconds, in memory. Raises TooLarge, Unavailable."""
+    with await spool(chunks, announced, None, SMALL_BYTES, SMALL_TIMEOUT_S) as body:
+        return body.read()
+
+
+async def parsed_body(model: type[Parsed], chunks: AsyncIterator[bytes], announced: str | None) -> Parsed:
+    """A small JSON body as a model. Raises TooLarge, Unavailable, BadInput."""
+    body = await small_body(chunks, announced)
+    try:
+        return model.model_validate_json(body)
+    except (ValidationError, RecursionError) as error:
+        first = error.errors(include_url=False, include_input=False)[0] if isinstance(error, ValidationError) else None
+        where = ".".join(str(part) for part in first["loc"]) if first else ""
+        raise BadInput(
+            f"this is no {model.__name__}: {where or 'the body'} is wrong",
+            "compare `joulemark --version` on both sides",
+        ) from error
+
+
 def _too_large(max_bytes: int) -> TooLarge:
     return TooLarge(
-        f"the body has more than {max_bytes} bytes", "raise --max-record-bytes on the host, or sample slower"
+        f"the body has more than {max_bytes} bytes",
+        "of records: raise --max-record-bytes on the host, or sample slower",
     )

@@ -62,6 +62,11 @@ def error_page(status: int, message: str, hint: str) -> str:
     return _environment().get_template("error.html").render(status=status, message=message, hint=hint)
 
 
+def entrance_page(message: str = "", hint: str = "") -> str:
+    """The page where a browser shows its one-time key; with what was wrong with the last one."""
+    return _environment().get_template("enter.html").render(message=message, hint=hint)
+
+
 @cache
 def static(name: str) -> str:
     """The text of a script or style sheet by its name in STATIC_TYPES. Bundling `vega.js` takes two seconds, once."""

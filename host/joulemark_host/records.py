@@ -12,8 +12,8 @@ import gzip
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,12 +21,12 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 from pydantic_core import from_json
 from sqlalchemy.engine import Connection, RowMapping
-from sqlalchemy.exc import DataError, IntegrityError, OperationalError
+from sqlalchemy.exc import DataError, IntegrityError
 
-from joulemark.errors import BadInput, Conflict, NoSpace, NotFound, Unavailable
+from joulemark.errors import BadInput, Conflict, Forbidden, NotFound
 from joulemark.wire import SCHEMA, Absent, Measure, Metric, Problem, RunRecord
 from joulemark_host.facts import FACTS_VERSION, RunFacts, facts_of
-from joulemark_host.tables import METRICS_TABLE, QUARANTINE, RECORDS, open_database
+from joulemark_host.tables import METRICS_TABLE, QUARANTINE, RECORDS, open_database, transaction
 
 LOG = logging.getLogger(__name__)
 MAX_RECORD_BYTES = 64 * 2**20
@@ -96,15 +96,21 @@ class Records:
         """Gives the connections back."""
         self._engine.dispose()
 
-    def put(self, body: bytes, run_id: str | None = None) -> Literal["created", "unchanged"]:
-        """Stores a record. `run_id`, where given, is the id under which it was sent and must be the record's own.
+    def put(
+        self, body: bytes, run_id: str | None = None, device_id: str | None = None
+    ) -> Literal["created", "unchanged"]:
+        """Stores a record. `run_id` and `device_id`, where given, are the id under which it was sent and the board that sent it: they must
+        be the record's own.
 
-        Raises BadInput, TooLarge, Conflict (quarantined), NoSpace or Unavailable (nothing was stored; send it again).
+        Raises BadInput, Forbidden (another board's record), TooLarge, Conflict (quarantined), NoSpace or Unavailable (nothing was stored;
+        send it again).
         """
         record = parse_record(body, self.max_record_bytes)
         name = record.spec.run_id
         if run_id is not None and run_id != name:
             raise BadInput(f"the record of run {name!r} was sent under {run_id!r}", "send it under its own run id")
+        if device_id is not None and device_id != record.device.device_id:
+            raise Forbidden(f"the record of run {name!r} is about another board", "a board sends its own records only")
         sha256 = hashlib.sha256(body).hexdigest()
         facts = facts_of(record)
         try:
@@ -211,18 +217,8 @@ class Records:
                 if facts.metrics:
                     connection.execute(sa.insert(METRICS_TABLE), _metric_rows(facts))
 
-    @contextmanager
-    def _transaction(self) -> Generator[Connection, None, None]:
-        try:
-            with self._engine.begin() as connection:
-                yield connection
-        except OperationalError as error:
-            text = str(error.orig)
-            if "full" in text:
-                raise NoSpace(f"the record database cannot grow: {text}", "free some space; nothing is lost") from error
-            raise Unavailable(
-                f"the record database does not answer: {text}", "the agent keeps its record and will send it again"
-            ) from error
+    def _transaction(self) -> AbstractContextManager[Connection]:
+        return transaction(self._engine)
 
 
 def _known_sha256(connection: Connection, run_id: str) -> str | None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import ipaddress
 import logging
 import socket
+import ssl
 import sys
+from pathlib import Path
+from typing import Any
 
+import psutil
 import uvicorn
 from fastapi import FastAPI
 
@@ -17,14 +21,25 @@ CONNECTION_LIMIT = 256
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
-def serve(app: FastAPI, listener: socket.socket) -> None:
-    """Serves `app` on a bound socket until SIGINT or SIGTERM."""
+def serve(app: FastAPI, listener: socket.socket, certificate: tuple[Path, Path] | None = None) -> None:
+    """Serves `app` on a bound socket until SIGINT or SIGTERM; with a `certificate` (and its key) over TLS 1.3."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     address, port = listener.getsockname()[:2]
-    LOG.info("host serves on http://%s:%s", f"[{address}]" if ":" in address else address, port)
+    scheme = "http" if certificate is None else "https"
+    LOG.info("host serves on %s://%s:%s", scheme, f"[{address}]" if ":" in address else address, port)
     config = uvicorn.Config(
-        app, log_level="warning", limit_concurrency=CONNECTION_LIMIT, timeout_keep_alive=5, timeout_graceful_shutdown=5
+        app,
+        log_level="warning",
+        limit_concurrency=CONNECTION_LIMIT,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+        ssl_certfile=certificate[0] if certificate else None,
+        ssl_keyfile=str(certificate[1]) if certificate else None,
     )
+    config.load()
+    if config.ssl is not None:
+        config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
     uvicorn.Server(config).run(sockets=[listener])
 
 
@@ -33,8 +48,32 @@ def names_of(address: str) -> tuple[str, ...]:
     return LOOPBACK_NAMES if ipaddress.ip_address(address).is_loopback else ("*",)
 
 
-def bind(listen: str, allow_unauthenticated: bool) -> socket.socket:
-    """A listening socket on `address:port`; port 0 takes a free one. Raises BadInput, Conflict."""
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether only this machine reaches the socket."""
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+
+
+def own_names(listener: socket.socket) -> tuple[str, ...]:
+    """The names and addresses under which browsers may ask for this socket: what its certificate has to hold."""
+    address = listener.getsockname()[0]
+    names = {"localhost", "127.0.0.1", "::1", socket.gethostname(), address}
+    if ipaddress.ip_address(address).is_unspecified:
+        names |= {
+            str(entry.address) for entries in psutil.net_if_addrs().values() for entry in entries if _is_ip(entry)
+        }
+    return tuple(sorted(name for name in names if name not in ("0.0.0.0", "::")))
+
+
+def _is_ip(entry: Any) -> bool:
+    """An address that a certificate can hold: no hardware address, none with a zone (fe80::1%eth0)."""
+    return entry.family in (socket.AF_INET, socket.AF_INET6) and "%" not in entry.address
+
+
+def bind(listen: str, known_callers: bool) -> socket.socket:
+    """A listening socket on `address:port`; port 0 takes a free one. Raises BadInput, Conflict.
+
+    `known_callers`: every request has to show who asks. Without that only loopback is allowed.
+    """
     address, _, port = listen.rpartition(":")
     try:
         parsed = ipaddress.ip_address(address.strip("[]") or "127.0.0.1")
@@ -43,10 +82,10 @@ def bind(listen: str, allow_unauthenticated: bool) -> socket.socket:
             raise ValueError
     except ValueError as error:
         raise BadInput(f"{listen!r} is not an address and a port", "for example --listen 127.0.0.1:8080") from error
-    if not parsed.is_loopback and not allow_unauthenticated:
+    if not parsed.is_loopback and not known_callers:
         raise BadInput(
-            f"{parsed} is reachable from other machines and this host has no authentication yet",
-            "listen on 127.0.0.1, or say --allow-unauthenticated on a network that you trust",
+            f"{parsed} is reachable from other machines, and an open host lets anybody in",
+            "listen on 127.0.0.1, or leave --open away after `joulemark host init`",
         )
     listener = socket.socket(socket.AF_INET6 if parsed.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

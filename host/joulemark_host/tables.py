@@ -7,15 +7,17 @@ be rebuilt from the bodies at any time. Times are seconds of the host's wall clo
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from joulemark.errors import BadInput, MissingExtra, Unavailable
+from joulemark.errors import BadInput, MissingExtra, NoSpace, Unavailable
 
 LAYOUT = 1
 METADATA = sa.MetaData()
@@ -106,6 +108,26 @@ def open_database(url: str) -> Engine:
             "move the file aside, or give another one with --database",
         ) from error
     return engine
+
+
+@contextmanager
+def transaction(engine: Engine, write: bool = False) -> Generator[Connection, None, None]:
+    """All of it or nothing. `write`: SQLite's lock is taken at the beginning, so that what was read stays true until it is changed.
+
+    Raises NoSpace, or Unavailable when the database does not answer; then nothing was changed.
+    """
+    try:
+        with engine.begin() as connection:
+            if write and engine.dialect.name == "sqlite":
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            yield connection
+    except OperationalError as error:
+        text = str(error.orig)
+        if "full" in text:
+            raise NoSpace(f"the database cannot grow: {text}", "free some space; nothing is lost") from error
+        raise Unavailable(
+            f"the database does not answer: {text}", "what was sent is kept by its sender: try again"
+        ) from error
 
 
 def _prepare_sqlite(connection: Any, _entry: ConnectionPoolEntry) -> None:

@@ -15,10 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from joulemark.metrics import METRICS
+from joulemark.protocol import DeviceRow
 from joulemark.wire import Absent, Measure, Metric
 from joulemark_host.compare import artifact_label
 from joulemark_host.facts import RunFacts, printable
 from joulemark_host.readable import amount, interval, unit_for
+from joulemark_host.registry import Event
 
 SHOWN_METRICS = (
     "accuracy",
@@ -137,3 +139,38 @@ def _when(seconds: float | None) -> str:
         if seconds is None
         else datetime.fromtimestamp(seconds, timezone.utc).astimezone().strftime("%Y-%m-%d %H:%M")
     )
+
+
+def devices_table(rows: Sequence[DeviceRow], now: float) -> Table:
+    """One row a board. `now` is the host's clock."""
+    table = Table(header_style="bold")
+    for column in ("name", "state", "key", "last seen", "address", "board"):
+        table.add_column(column, overflow="fold")
+    styles = {"approved": "green", "pending": "yellow", "revoked": "dim", "cloned": "red"}
+    for row in rows:
+        seen = "never" if row.seen_at is None else f"{duration(now - row.seen_at)} ago"
+        board = row.facts.title if row.facts is not None else ""
+        cells = (row.name, row.admission, row.key_id, seen, row.address or "", board)
+        texts = [Text(printable(cell)) for cell in cells]
+        texts[1].stylize(styles[row.admission])
+        table.add_row(*texts)
+    return table
+
+
+def events_table(events: Sequence[Event]) -> Table:
+    """One row an event, latest last."""
+    table = Table(header_style="bold")
+    for column in ("when", "who", "what", "about", "detail"):
+        table.add_column(column, overflow="fold")
+    for event in events:
+        when = datetime.fromtimestamp(event.at, timezone.utc).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        table.add_row(*(Text(printable(cell)) for cell in (when, event.who, event.what, event.about, event.detail)))
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 12 s, 5 min, 3 h, 2 d."""
+    for size, unit in ((86_400.0, "d"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"

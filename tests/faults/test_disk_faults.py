@@ -78,8 +78,8 @@ def wait_for(agent: AgentProcess, run_id: str, items: int) -> None:
 
 def wait_for_note(agent: AgentProcess, words: str) -> None:
     deadline = time.monotonic() + 30
-    while not any(words in note for note in agent.client.get("/healthz").raise_for_status().json()["notes"]):
-        assert time.monotonic() < deadline, agent.client.get("/healthz").json()
+    while not any(words in note for note in agent.client.get("/api/health").raise_for_status().json()["notes"]):
+        assert time.monotonic() < deadline, agent.client.get("/api/health").json()
         time.sleep(0.1)
 
 
@@ -99,12 +99,12 @@ def test_a_disk_that_is_full_in_mid_run_delays_the_run_and_loses_nothing(agent: 
     filler.unlink()
     # The note goes as soon as the run goes on, not when it ends.
     wait_for(agent, "patient", stuck + 1)
-    notes = agent.client.get("/healthz").json()["notes"]
+    notes = agent.client.get("/api/health").json()["notes"]
     assert agent.state("patient")["status"] == "running" and notes == []
     record = agent.record("patient")
     assert record.status == "done" and [item.doc_id for item in record.items] == list(range(SIZE))
     assert record.attempts >= 2
-    assert agent.client.get("/healthz").json()["notes"] == []
+    assert agent.client.get("/api/health").json()["notes"] == []
     agent.submit(make_spec(files, "next"))
     assert agent.record("next").status == "done"
 

@@ -33,7 +33,7 @@ def answering(
     return seen, httpx.MockTransport(handle)
 
 
-def put(transport: httpx.BaseTransport, run_id: str = "run-1", target: str = "http://host:8080/") -> None:
+def put(transport: httpx.BaseTransport, run_id: str = "run-1", target: str = "https://host:8080/") -> None:
     sink = http.open_sink(Options(target), transport)
     sink.put(run_id, BODY)
     sink.close()
@@ -51,7 +51,7 @@ def test_a_record_is_put_to_the_host(status: int) -> None:
     seen, transport = answering(status, {"run_id": "run-1", "stored": "created"})
     put(transport)
     (request,) = seen
-    assert (request.method, str(request.url)) == ("PUT", "http://host:8080/api/records/run-1")
+    assert (request.method, str(request.url)) == ("PUT", "https://host:8080/api/records/run-1")
     assert request.headers["content-type"] == "application/json"
     assert request.content == BODY
 
@@ -147,9 +147,12 @@ def test_a_reply_cannot_write_to_the_terminal() -> None:
     assert caught.value.message.endswith("[2Jgone and more")
 
 
-@pytest.mark.parametrize("target", ["", "host:8080", "ftp://host/", "http://", "http://host/?x=1", "http://[::1"])
+@pytest.mark.parametrize(
+    "target",
+    ["", "host:8080", "ftp://host/", "http://", "https://host/?x=1", "https://[::1", "http://192.168.1.10:8080"],
+)
 def test_what_is_no_host(target: str) -> None:
-    with pytest.raises(BadInput, match="no address of a host"):
+    with pytest.raises(BadInput, match=r"no address of a host|plain HTTP"):
         http.open_sink(Options(target))
 
 

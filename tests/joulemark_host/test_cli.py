@@ -12,7 +12,7 @@ import pytest
 
 from joulemark.__main__ import run as run_command
 from joulemark.errors import BadInput, Conflict, EngineFailed
-from joulemark_host import cli
+from joulemark_host import cli, fleet_cli
 from joulemark_host.processes import Child
 from joulemark_host.records import Records
 from joulemark_host.server import LOOPBACK_NAMES, bind, names_of
@@ -70,8 +70,6 @@ def test_heatmap_writes_page_and_picture(data: Path, tmp_path: Path, capsys: pyt
 def test_errors_have_a_next_step_and_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for arguments, status, says in (
         (["heatmap", "--data", str(tmp_path)], 1, "joulemark run"),
-        (["host", "--listen", "0.0.0.0:0", "--data", str(tmp_path)], 1, "--allow-unauthenticated"),
-        (["host", "--listen", "nonsense", "--data", str(tmp_path)], 1, "127.0.0.1:8080"),
         (["run", "nothing.gguf", "--data", str(tmp_path)], 1, "check the path"),
         (["run", "x", "--task", "nonsense", "--data", str(tmp_path)], 1, "known: arc_challenge"),
         (["push", "x", "--to", "pi5.local", "--data", str(tmp_path)], 1, "http://127.0.0.1:8090"),
@@ -103,12 +101,29 @@ def test_a_published_model_is_named_and_pushing_to_nobody_says_so(tmp_path: Path
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_a_host_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = ["--data", str(tmp_path / "d")]
+    for arguments, says in (
+        (["host"], "host init"),
+        (["host", "--open", "--listen", "0.0.0.0:0"], "lets anybody in"),
+        (["host", "--open", "--listen", "nonsense"], "127.0.0.1:8080"),
+        (["host", "token"], "host init"),
+        (["devices"], "host init"),
+        (["devices", "approve", "pi5"], "host init"),
+    ):
+        for place in {1, len(arguments)}:  # before a sub-command and after it
+            assert run_command(fleet_cli.app, [*arguments[:place], *data, *arguments[place:]]) == 1, arguments
+            shown = capsys.readouterr()
+            assert says in shown.err and "Traceback" not in shown.err, arguments
+    assert not (tmp_path / "d").exists()
+
+
 def test_a_port_in_use_is_one_clear_line_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with bind("127.0.0.1:0", False) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(Conflict, match="in use"):
             bind(address, False)
-        assert run_command(cli.app, ["host", "--listen", address, "--data", str(tmp_path / "new")]) == 1
+        assert run_command(fleet_cli.app, ["host", "--open", "--listen", address, "--data", str(tmp_path / "new")]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"joulemark: cannot listen on {address}: Address already in use\n  hint: ")
     assert not (tmp_path / "new").exists()
@@ -116,7 +131,7 @@ def test_a_port_in_use_is_one_clear_line_and_changes_nothing(tmp_path: Path, cap
 
 def test_only_loopback_is_served_without_being_told_otherwise():
     for address in ("0.0.0.0:0", "[::]:0", "192.0.2.1:80"):
-        with pytest.raises(BadInput, match="no authentication"):
+        with pytest.raises(BadInput, match="lets anybody in"):
             bind(address, False)
     with pytest.raises(Conflict, match="cannot listen"):  # allowed, but no address of this machine (RFC 5737)
         bind("192.0.2.1:80", True)
@@ -129,7 +144,8 @@ def test_only_loopback_is_served_without_being_told_otherwise():
 
 def test_help_names_every_command_and_is_quick_to_import():
     code = (
-        "import sys, joulemark_host.cli; heavy = {'fastapi', 'sqlalchemy', 'vl_convert', 'uvicorn'}; "
+        "import sys, joulemark_host.cli, joulemark_host.fleet_cli; "
+        "heavy = {'fastapi', 'sqlalchemy', 'vl_convert', 'uvicorn', 'cryptography'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from joulemark.errors import BadInput, Conflict, NotFound, Unavailable
+from joulemark.errors import BadInput, Conflict, NotFound, Unavailable, error_from
 from joulemark.wire import FileEntry, Manifest, Problem, RunState, canonical_json, content_id
-from joulemark_host.client import SILENCE_S, AgentClient, error_from
+from joulemark_host.client import SILENCE_S, AgentClient
 from tests.fixtures.records import digest, make_device, make_manifest, make_record
 
 
@@ -69,7 +69,9 @@ def client_of(agent: Any) -> AgentClient:
     def sleep(seconds: float) -> None:
         now[0] += seconds
 
-    return AgentClient("http://agent:1/", httpx.Client(transport=httpx.MockTransport(agent)), lambda: now[0], sleep)
+    return AgentClient(
+        "http://agent:1/", None, httpx.Client(transport=httpx.MockTransport(agent)), lambda: now[0], sleep
+    )
 
 
 BODY = bytes(range(250)) * 1

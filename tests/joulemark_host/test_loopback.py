@@ -10,13 +10,15 @@ import httpx
 import pytest
 from rich.console import Console
 
-from joulemark import packs
+from joulemark import packs, tls
 from joulemark.errors import EngineFailed, NotFound
 from joulemark.tasks import arc_challenge
 from joulemark.wire import Measure, RunRecord
 from joulemark_host import demo
 from joulemark_host.evaluation import Subject, push, run_task
 from joulemark_host.grid import Grid
+from joulemark_host.options import database_url
+from joulemark_host.registry import Registry
 from joulemark_host.shelf import Shelf
 from tests.fixtures.gguf_files import write_tiny
 from tests.fixtures.records import make_pack
@@ -37,13 +39,18 @@ def test_from_the_shelf_over_a_board_to_a_cell(tmp_path: Path, subject: Subject)
     shelf, console = Shelf(tmp_path / "host" / "shelf"), Console(quiet=True)
     with demo.servers(tmp_path, console) as running:
         agent, host_url = running.agent, running.host_url
+        authority = tls.pinned(running.identity.authority_pem, tls.HOST_NAME)
         assert push(agent, shelf, subject, console) == 1  # pulled by the agent from the host
         assert push(agent, shelf, subject, console) == 0
         body = run_task(agent, subject, "arc_challenge", OPTIONS, console)
-        demo.await_delivery(host_url, body, console)
+        demo.await_delivery(running.records, body, console)
         record = RunRecord.model_validate_json(body)
         assert (record.status, len(record.items)) == ("done", 12)
-        answer = httpx.get(f"{host_url}/api/grid.json", params={"metric": "accuracy", "task": "arc_challenge"})
+        asked = {"metric": "accuracy", "task": "arc_challenge"}
+        assert httpx.get(f"{host_url}/api/grid.json", params=asked, verify=authority).status_code == 401
+        registry = Registry(database_url(tmp_path / "host", None), running.identity.fingerprint)
+        viewer = {"Authorization": f"Bearer {registry.issue_credential('viewer', 'ann', 'test').text()}"}
+        answer = httpx.get(f"{host_url}/api/grid.json", params=asked, verify=authority, headers=viewer)
         (cell,) = Grid.model_validate_json(answer.content).cells
         assert record.summary is not None
         assert cell.metric == record.summary.metrics["accuracy"]

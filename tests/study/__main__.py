@@ -178,7 +178,7 @@ def _is_of(path: Path, artifact_id: str, pack_id: str) -> bool:
 def _run(running: Servers, shelf: Shelf, subject: Subject, limit: int | None, console: Console) -> bytes:
     push(running.agent, shelf, subject, console)
     record = run_task(running.agent, subject, TASK, {"limit": limit}, console)
-    await_delivery(running.host_url, record, console)
+    await_delivery(running.records, record, console)
     return record
 
 

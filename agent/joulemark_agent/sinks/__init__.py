@@ -15,14 +15,19 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from joulemark.errors import Unavailable
+from joulemark_agent.host_link import HostLink
 
 
 @dataclass(frozen=True)
 class Options:
-    """Where to: a host's URL, or a folder. `timeout_s` bounds each wait for the other side, not the whole transfer."""
+    """Where to: a host's URL, or a folder. `timeout_s` bounds each wait for the other side, not the whole transfer.
+
+    `link` is the way to the host, with what has to be trusted and shown there.
+    """
 
     target: str
     timeout_s: float = 30.0
+    link: HostLink | None = None
 
 
 class SinkUnavailable(Unavailable):

@@ -18,12 +18,12 @@ from email.utils import parsedate_to_datetime
 import httpx
 
 from joulemark.errors import BadInput, Conflict
+from joulemark_agent.host_link import HostLink, bounded, checked_url
 from joulemark_agent.sinks import Options, Sink, SinkUnavailable
 
 REPLY_BYTES = 64 * 1024
 REFUSED = frozenset({400, 413, 415, 422})
 """Malformed, too large, not JSON, not a record."""
-CONNECT_TIMEOUT_S = 10.0
 
 
 class _HttpSink:
@@ -37,7 +37,7 @@ class _HttpSink:
             with self._client.stream(
                 "PUT", f"{self._host}{path}", content=body, headers={"Content-Type": "application/json"}
             ) as response:
-                reply = _read(response)
+                reply = bounded(response, REPLY_BYTES)
         except httpx.HTTPError as error:
             raise SinkUnavailable(
                 f"the host {self._host} cannot be reached: {str(error) or type(error).__name__}",
@@ -55,7 +55,7 @@ class _HttpSink:
                     answered=True,
                 )
             return
-        if status == 409:
+        if status == 409 and _field(reply, "code") in (None, Conflict.code):
             raise Conflict(f"the host has another record of run {run_id}: {said}", "a run has one record: look at both")
         if status in REFUSED:
             raise BadInput(f"the host refuses the record of run {run_id} ({status}): {said}", "update host and agent")
@@ -72,29 +72,9 @@ class _HttpSink:
 
 def open_sink(options: Options, transport: httpx.BaseTransport | None = None) -> Sink:
     """A sink for the host at `options.target` (http or https). `transport` replaces the network in tests."""
-    try:
-        url = httpx.URL(options.target)
-    except httpx.InvalidURL as error:
-        raise _no_host(options.target) from error
-    if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
-        raise _no_host(options.target)
-    timeout = httpx.Timeout(options.timeout_s, connect=min(CONNECT_TIMEOUT_S, options.timeout_s))
-    client = httpx.Client(timeout=timeout, follow_redirects=False, trust_env=False, transport=transport)
-    return _HttpSink(client, options.target.rstrip("/"))
-
-
-def _no_host(target: str) -> BadInput:
-    return BadInput(f"{target[:200]!r} is no address of a host", "for example http://192.168.1.10:8080")
-
-
-def _read(response: httpx.Response) -> bytes:
-    """The first 64 KiB of the reply, undecoded: a small compressed body could unpack to a huge one."""
-    kept = b""
-    for chunk in response.iter_raw(REPLY_BYTES):
-        kept += chunk
-        if len(kept) >= REPLY_BYTES:
-            break
-    return kept[:REPLY_BYTES]
+    target = checked_url(options.target)
+    link = options.link or HostLink(target)
+    return _HttpSink(link.client(options.timeout_s, transport), target)
 
 
 def _field(reply: bytes, name: str) -> object:

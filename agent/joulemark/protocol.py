@@ -1,0 +1,120 @@
+"""What a board and its host say to each other, beside artifacts, packs, runs and records.
+
+    GET  /api/identity          HostFacts: public; an enrolment key's fingerprint confirms it
+    POST /api/enrolment         EnrolmentRequest → EnrolmentAnswer: once, with a one-time key
+    PUT  /api/device/session    SessionRequest → SessionAnswer: once for each start of the agent
+
+The other way round, whoever speaks to a board directly shows a ticket that its host signed, because boards know nobody but their host:
+
+    POST /api/challenge         → Challenge
+    POST /api/entry             an envelope with a TicketStatement → Entry
+
+Every other request of a board carries its credential (Authorization: Bearer) and its instance (Joulemark-Instance). Pure.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from joulemark.statements import Envelope, PublicKey
+from joulemark.wire import SCHEMA, DeviceFacts, Identifier, Sha256, Text, Title, Wire
+
+INSTANCE_HEADER = "Joulemark-Instance"
+Admission = Literal["pending", "approved", "revoked", "cloned"]
+"""Whether a board may take part: not yet, yes, no more, or not while two boards show one identity."""
+
+Certificate = Annotated[str, StringConstraints(max_length=16384)]
+
+
+class HostFacts(Wire):
+    """Who a host is; believed only after its fingerprint was compared."""
+
+    authority_pem: Certificate
+    signing_key: PublicKey
+    version: Title
+    schema_number: int = SCHEMA
+
+
+class EnrolmentRequest(Wire):
+    """A board asks to be taken in. The envelope holds an EnrolmentStatement by the key that it is about."""
+
+    secret: Annotated[str, StringConstraints(min_length=1, max_length=200)]
+    statement: Envelope
+    name: Title
+    hardware: Sha256 | None
+    """A digest of what makes this very board: see `joulemark_agent.hardware`."""
+    facts: DeviceFacts
+
+
+class EnrolmentAnswer(Wire):
+    """What a board keeps: its credential, the host's keys, its certificate, and the host's word for its key (a DeviceStatement)."""
+
+    device_id: Identifier
+    name: Title
+    admission: Admission
+    credential: Annotated[str, StringConstraints(max_length=200)]
+    host: HostFacts
+    certificate_pem: Certificate
+    device: Envelope
+
+
+class SessionRequest(Wire):
+    """An agent has started. `instance_id` is made anew at every start and never stored, so that copies of a card differ in it."""
+
+    instance_id: Identifier
+    boot_id: Title
+    hardware: Sha256 | None
+    facts: DeviceFacts
+
+
+class SessionAnswer(Wire):
+    """How the host sees the board."""
+
+    name: Title
+    admission: Admission
+    host_time: float
+    """Seconds since 1970 by the host's clock, which the board's own may not know."""
+
+
+class PersonRequest(Wire):
+    """A person (operator or viewer) exchanges a one-time key for a credential."""
+
+    key: Annotated[str, Field(max_length=400)]
+    name: Identifier
+
+
+class PersonAnswer(Wire):
+    """A person's credential."""
+
+    credential: Annotated[str, StringConstraints(max_length=200)]
+    role: Literal["operator", "viewer"]
+
+
+class Challenge(Wire):
+    """A board's answer to POST /api/challenge: what a ticket has to repeat."""
+
+    device_id: Identifier
+    nonce: Sha256
+
+
+class Entry(Wire):
+    """A board's answer to a ticket (POST /api/entry): what to show from then on, and for how long."""
+
+    token: Annotated[str, StringConstraints(max_length=200)]
+    expires_in_s: float
+
+
+class DeviceRow(Wire):
+    """One board as the host lists it. Times are seconds since 1970 by the host's clock."""
+
+    device_id: Identifier
+    name: Title
+    admission: Admission
+    problem: Text | None
+    key_id: Identifier
+    enrolled_at: float
+    seen_at: float | None
+    address: Title | None
+    facts: DeviceFacts | None

@@ -1,0 +1,97 @@
+"""The way to the host: its address, whom to trust there, and what to show. Everything that speaks to the host takes its client from here.
+
+Plain HTTP is for loopback only; else TLS with the host's own authority pinned, so that neither the address nor a public authority matters.
+No redirect is followed and no proxy of the environment used: a request goes to the host that was configured and nowhere else.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import httpx
+from pydantic import ValidationError
+
+from joulemark import tls
+from joulemark.errors import BadInput, JoulemarkError, Unavailable, error_from
+from joulemark.protocol import INSTANCE_HEADER
+from joulemark.wire import Problem
+
+CONNECT_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class HostLink:
+    """See the module. Without `credential` it speaks to an open host (a trial on loopback)."""
+
+    url: str
+    credential: str | None = field(default=None, repr=False)
+    instance_id: str = ""
+    authority_pem: str | None = field(default=None, repr=False)
+
+    def client(self, timeout_s: float = 30.0, transport: httpx.BaseTransport | None = None) -> httpx.Client:
+        """A client for the host; `timeout_s` bounds each wait for the other side, not a whole transfer.
+        `transport` replaces the network in tests."""
+        headers: dict[str, str] = {}
+        if self.credential is not None:
+            headers = {"Authorization": f"Bearer {self.credential}", INSTANCE_HEADER: self.instance_id}
+        return httpx.Client(
+            base_url=self.url,
+            headers=headers,
+            timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
+            verify=self._context if self.authority_pem is not None else True,
+            follow_redirects=False,
+            trust_env=False,
+            transport=transport,
+        )
+
+    @cached_property
+    def _context(self) -> ssl.SSLContext:
+        assert self.authority_pem is not None
+        return tls.pinned(self.authority_pem, tls.HOST_NAME)
+
+
+def bounded(response: httpx.Response, limit: int) -> bytes:
+    """At most `limit` bytes of an answer, undecoded: a small compressed body could unpack to a huge one."""
+    kept = b""
+    for chunk in response.iter_raw(min(limit, 65536)):
+        kept += chunk
+        if len(kept) >= limit:
+            break
+    return kept[:limit]
+
+
+def error_of(answer: bytes, status: int) -> JoulemarkError:
+    """What the host refused with, as the error that it was there."""
+    try:
+        return error_from(Problem.model_validate_json(answer))
+    except ValidationError:
+        return Unavailable(f"the host answered {status}", "is that the address of a Joulemark host?")
+
+
+def checked_url(text: str) -> str:
+    """A host's address without its trailing slash. Raises BadInput for anything else, and for plain HTTP beyond loopback."""
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise _no_host(text) from error
+    if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
+        raise _no_host(text)
+    if url.scheme == "http" and not _is_loopback(url.host):
+        raise BadInput(
+            f"{text[:200]!r} is plain HTTP to another machine", "a host beyond loopback speaks TLS: write https://"
+        )
+    return text.rstrip("/")
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost"
+
+
+def _no_host(text: str) -> BadInput:
+    return BadInput(f"{text[:200]!r} is no address of a host", "for example https://192.168.1.10:8443")

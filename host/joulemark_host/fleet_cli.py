@@ -1,0 +1,241 @@
+"""The host's commands about its fleet: host, host init, host token, devices. Options in, words and exit status out.
+
+They work on the host's data folder: whoever may read it is its operator.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from joulemark.durable import replace_file
+from joulemark.errors import NotFound
+from joulemark_host.options import (
+    DEFAULT_DATA,
+    DatabaseOption,
+    DataOption,
+    JsonOption,
+    hand_down,
+    identity_folder,
+    open_records,
+    open_registry,
+    open_shelf,
+    terminal,
+)
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+host_app = typer.Typer(invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+devices_app = typer.Typer(invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.add_typer(host_app, name="host")
+app.add_typer(devices_app, name="devices")
+
+
+@app.callback()
+def joulemark() -> None:
+    """The workstation's side: its boards and the people who use it."""
+
+
+@host_app.callback()
+def host(
+    context: typer.Context,
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+    listen: Annotated[
+        str, typer.Option(help="Address and port to serve on; port 0 takes a free one.")
+    ] = "127.0.0.1:8080",
+    tls: Annotated[
+        bool, typer.Option("--tls", help="TLS on loopback too; beyond loopback there is always TLS.")
+    ] = False,
+    max_record_bytes: Annotated[int, typer.Option(min=1024, help="The largest record that is taken.")] = 64 * 2**20,
+    open_to_all: Annotated[
+        bool,
+        typer.Option("--open", help="For a trial: let everybody on this machine in, on loopback, with nothing signed."),
+    ] = False,
+) -> None:
+    """Serve the artifact shelf, let boards enrol, take their records, and show the grid as a page.
+
+    Once: joulemark host init. Then for example: joulemark host --listen 0.0.0.0:8443
+    """
+    if hand_down(context, data, database):
+        return
+    from joulemark_host import identity
+    from joulemark_host.access import Access
+    from joulemark_host.api import create_app
+    from joulemark_host.server import bind, is_loopback, names_of, own_names, serve
+
+    folder = identity_folder(data)
+    if not open_to_all and not identity.exists(folder):
+        raise NotFound(
+            f"this host has no identity in {folder} yet",
+            "`joulemark host init` makes one, once; for a trial on this machine alone: joulemark host --open",
+        )
+    with bind(listen, known_callers=not open_to_all) as listener:
+        records = open_records(data, database, max_record_bytes)
+        registry = None if open_to_all else open_registry(data, database)
+        who = None if open_to_all else identity.read(folder)
+        certificate = None
+        if who is not None and (tls or not is_loopback(listener)):
+            identity.certify_server(who, own_names(listener))
+            certificate = who.server_files
+        names = names_of(listener.getsockname()[0])
+        try:
+            app = create_app(open_shelf(data), records, names, access=Access(registry), identity=who)
+            serve(app, listener, certificate)
+        finally:
+            records.close()
+            if registry is not None:
+                registry.close()
+
+
+@host_app.command()
+def init(data: DataOption = DEFAULT_DATA, as_json: JsonOption = False) -> None:
+    """Make this host's key and certificate authority, once. Boards that enrol trust them from then on: keep a copy of the folder.
+
+    Example: joulemark host init
+    """
+    from joulemark_host import identity
+
+    made = identity.create(identity_folder(data))
+    if as_json:
+        sys.stdout.write(json.dumps({"folder": str(made.folder), "fingerprint": made.fingerprint}) + "\n")
+        return
+    console = terminal()
+    console.print(f"✓ identity in {made.folder}\n  fingerprint {made.fingerprint}", markup=False, highlight=False)
+    console.print(
+        "next: `joulemark host` serves, `joulemark host token` lets a board in", markup=False, highlight=False
+    )
+
+
+@host_app.command()
+def token(
+    role: Annotated[
+        Literal["device", "operator", "viewer"], typer.Option(help="What the key is for: a board, or a person.")
+    ] = "device",
+    approve: Annotated[bool, typer.Option("--approve", help="The board needs no further approval.")] = False,
+    hours: Annotated[float, typer.Option(min=0.01, max=24 * 90, help="How long the key can be used.")] = 24.0,
+    out: Annotated[Path | None, typer.Option(help="Write the key to this file (mode 0600) instead.")] = None,
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+) -> None:
+    """Print a one-time key that lets one board or one person in. It names this host, so that no other can pose as it.
+
+    Example: joulemark host token --approve --out board.key; on the board: joulemark enrol https://workstation:8443 --key-file board.key
+    """
+    registry = open_registry(data, database)
+    try:
+        key = registry.issue_key(role, _me(), approved=approve, life_s=hours * 3600)
+    finally:
+        registry.close()
+    if out is not None:
+        replace_file(out.expanduser(), [key.text().encode() + b"\n"], mode=0o600)
+        terminal(quiet=True).print(f"✓ {out}", markup=False)
+    else:
+        sys.stdout.write(key.text() + "\n")
+    where = "on the board: joulemark enrol HOST_URL" if role == "device" else "in a browser: HOST_URL/enter"
+    terminal(quiet=True).print(f"it works once, for {hours:g} h; {where}", markup=False, highlight=False)
+
+
+@devices_app.callback()
+def devices(
+    context: typer.Context,
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the boards that enrolled here.
+
+    Example: joulemark devices; joulemark devices approve pi5
+    """
+    if hand_down(context, data, database):
+        return
+    from joulemark_host.terminal import devices_table
+
+    registry = open_registry(data, database)
+    try:
+        rows = registry.devices()
+    finally:
+        registry.close()
+    if as_json:
+        sys.stdout.write(json.dumps([row.model_dump() for row in rows], indent=2) + "\n")
+        return
+    console = terminal()
+    console.print(
+        devices_table(rows, time.time()) if rows else "no boards yet: `joulemark host token` lets one in", markup=False
+    )
+    for row in rows:
+        if row.problem:
+            console.print(f"  {row.name}: {row.problem}", markup=False, highlight=False)
+
+
+NameArgument = Annotated[str, typer.Argument(help="The board's name or id.")]
+
+
+@devices_app.command()
+def approve(name: NameArgument, data: DataOption = DEFAULT_DATA, database: DatabaseOption = None) -> None:
+    """Let a board take part. Compare its key first: `joulemark doctor` on the board shows it.
+
+    Of an identity that was copied: the board that speaks next keeps it.
+    """
+    _decide(data, database, name, "approve", "approved")
+
+
+@devices_app.command()
+def rename(
+    name: NameArgument,
+    to: Annotated[str, typer.Argument(help="The new name.")],
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+) -> None:
+    """Give a board another name. Its records keep the name that it had."""
+    registry = open_registry(data, database)
+    try:
+        registry.rename(name, to, _me())
+    finally:
+        registry.close()
+    terminal().print(f"✓ {name} is now {to}", markup=False)
+
+
+@devices_app.command()
+def revoke(name: NameArgument, data: DataOption = DEFAULT_DATA, database: DatabaseOption = None) -> None:
+    """End a board's credential for good: a lost card, a board that is given away. Its records stay."""
+    _decide(data, database, name, "revoke", "revoked")
+
+
+@devices_app.command()
+def events(
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="At most so many, the latest.")] = 100,
+    as_json: JsonOption = False,
+) -> None:
+    """What happened to the fleet: keys, enrolments, refusals, decisions."""
+    from joulemark_host.terminal import events_table
+
+    registry = open_registry(data, database)
+    try:
+        happened = registry.events(limit)
+    finally:
+        registry.close()
+    if as_json:
+        sys.stdout.write(json.dumps([event.__dict__ for event in happened], indent=2) + "\n")
+        return
+    terminal().print(events_table(happened), markup=False)
+
+
+def _decide(data: Path, database: str | None, name: str, what: Literal["approve", "revoke"], done: str) -> None:
+    registry = open_registry(data, database)
+    try:
+        device = (registry.approve if what == "approve" else registry.revoke)(name, _me())
+    finally:
+        registry.close()
+    terminal().print(f"✓ {device.name} is {done}", markup=False)
+
+
+def _me() -> str:
+    return f"{getpass.getuser()} at the host"

@@ -1,0 +1,75 @@
+"""The layout of what the host knows of its fleet: boards, credentials, one-time keys, who asked when, and what happened.
+
+In the same database as the records. Secrets are there only as digests. Times are seconds of the host's wall clock.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from joulemark_host.tables import METADATA
+
+DEVICES = sa.Table(
+    "devices",
+    METADATA,
+    sa.Column("device_id", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False, unique=True),
+    sa.Column("admission", sa.Text, nullable=False),
+    sa.Column("problem", sa.Text),
+    sa.Column("public_key", sa.Text, nullable=False, unique=True),
+    sa.Column("tls_public_key", sa.Text, nullable=False),
+    sa.Column("hardware", sa.Text),
+    sa.Column("enrolled_at", sa.Float, nullable=False),
+    sa.Column("approved_at", sa.Float),
+    sa.Column("seen_at", sa.Float),
+    sa.Column("address", sa.Text),
+    sa.Column("facts", sa.JSON),
+)
+
+CREDENTIALS = sa.Table(
+    "credentials",
+    METADATA,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("role", sa.Text, nullable=False),
+    sa.Column("subject", sa.Text, nullable=False, index=True),
+    sa.Column("issued_at", sa.Float, nullable=False),
+    sa.Column("revoked_at", sa.Float),
+)
+
+ENROLMENT_KEYS = sa.Table(
+    "enrolment_keys",
+    METADATA,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("role", sa.Text, nullable=False),
+    sa.Column("approved", sa.Boolean, nullable=False),
+    sa.Column("issued_at", sa.Float, nullable=False),
+    sa.Column("expires_at", sa.Float, nullable=False),
+    sa.Column("used_at", sa.Float),
+    sa.Column("used_by", sa.Text),
+)
+
+SESSIONS = sa.Table(
+    "sessions",
+    METADATA,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("device_id", sa.Text, sa.ForeignKey("devices.device_id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("instance_id", sa.Text, nullable=False),
+    sa.Column("boot_id", sa.Text, nullable=False),
+    sa.Column("begun_at", sa.Float, nullable=False),
+    sa.UniqueConstraint("device_id", "instance_id"),
+    sqlite_autoincrement=True,
+)
+
+EVENTS = sa.Table(
+    "events",
+    METADATA,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("who", sa.Text, nullable=False),
+    sa.Column("what", sa.Text, nullable=False),
+    sa.Column("about", sa.Text, nullable=False),
+    sa.Column("detail", sa.Text, nullable=False),
+    sqlite_autoincrement=True,
+)

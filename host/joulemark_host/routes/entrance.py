@@ -1,0 +1,104 @@
+"""How boards and people get in: the host's identity, enrolment with a one-time key, and the page where a browser shows a key."""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qs
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from pydantic import TypeAdapter, ValidationError
+from starlette.concurrency import run_in_threadpool
+
+from joulemark import __version__, credentials
+from joulemark.errors import BadInput, JoulemarkError, NotAuthenticated
+from joulemark.protocol import EnrolmentAnswer, EnrolmentRequest, HostFacts, PersonAnswer, PersonRequest
+from joulemark.statements import DeviceStatement, EnrolmentStatement
+from joulemark.wire import Identifier
+from joulemark_host.access import COOKIE, Access, address_of
+from joulemark_host.identity import HostIdentity, certify_device
+from joulemark_host.intake import parsed_body, small_body
+from joulemark_host.page import entrance_page
+from joulemark_host.registry import Registry
+
+COOKIE_LIFE_S = 90 * 86_400
+
+
+def create_router(identity: HostIdentity, registry: Registry, access: Access) -> APIRouter:
+    """All of it is public: whoever comes here has no credential yet. Failures are counted."""
+    router = APIRouter()
+    facts = HostFacts(authority_pem=identity.authority_pem, signing_key=identity.key.public, version=__version__)
+
+    @router.get("/api/identity")
+    def host_facts() -> HostFacts:
+        return facts
+
+    @router.post("/api/enrolment", status_code=201)
+    async def enrol(request: Request) -> EnrolmentAnswer:
+        asked = await parsed_body(EnrolmentRequest, request.stream(), request.headers.get("content-length"))
+        return await run_in_threadpool(take_in, request, asked)
+
+    def take_in(request: Request, asked: EnrolmentRequest) -> EnrolmentAnswer:
+        try:
+            device, credential = registry.enrol(asked, address_of(request))
+        except NotAuthenticated:
+            access.failed(request)
+            raise
+        claimed = EnrolmentStatement.model_validate_json(asked.statement.body())  # the registry has checked it
+        said = DeviceStatement(
+            device_id=device.device_id,
+            name=device.name,
+            public_key=claimed.public_key,
+            issued_at=device.enrolled_at,
+        )
+        return EnrolmentAnswer(
+            device_id=device.device_id,
+            name=device.name,
+            admission=device.admission,
+            credential=credential.text(),
+            host=facts,
+            certificate_pem=certify_device(identity, device.device_id, claimed.tls_public_key),
+            device=identity.key.sign(said),
+        )
+
+    @router.post("/api/people", status_code=201)
+    async def sign_in(request: Request) -> PersonAnswer:
+        asked = await parsed_body(PersonRequest, request.stream(), request.headers.get("content-length"))
+        return await run_in_threadpool(welcome, request, asked.key, asked.name)
+
+    def welcome(request: Request, key: str, name: str) -> PersonAnswer:
+        try:
+            credential, role = registry.enrol_person(credentials.parse_enrolment_key(key), name)
+        except (NotAuthenticated, BadInput):
+            access.failed(request)
+            raise
+        assert role != "device"
+        return PersonAnswer(credential=credential.text(), role=role)
+
+    @router.get("/enter", response_class=HTMLResponse)
+    def entrance() -> str:
+        return entrance_page()
+
+    @router.post("/enter")
+    async def enter(request: Request) -> Response:
+        body = await small_body(request.stream(), request.headers.get("content-length"))
+        fields = parse_qs(body.decode("utf-8", "replace"), max_num_fields=8)
+        key, name = (fields.get(field, [""])[0].strip() for field in ("key", "name"))
+        try:
+            answer = await run_in_threadpool(welcome, request, key, _identifier(name))
+        except JoulemarkError as error:
+            return HTMLResponse(entrance_page(error.message, error.hint), 403)
+        response = RedirectResponse("/", 303)
+        secure = request.url.scheme == "https"
+        response.set_cookie(
+            COOKIE, answer.credential, COOKIE_LIFE_S, httponly=True, samesite="strict", secure=secure, path="/"
+        )
+        return response
+
+    return router
+
+
+def _identifier(name: str) -> str:
+    try:
+        return TypeAdapter(Identifier).validate_python(name)
+    except ValidationError as error:
+        raise BadInput("this cannot be a name", "use letters, digits, dots and dashes") from error
