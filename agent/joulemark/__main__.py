@@ -29,6 +29,7 @@ _AGENT = "joulemark_agent.cli"
 _EXPORTER = "joulemark_exporter.cli"
 _HOST = "joulemark_host.cli"
 _FLEET = "joulemark_host.fleet_cli"
+_QUEUE = "joulemark_host.queue_cli"
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(_HOST, "host", "the whole path on this machine: a real model to a heatmap"),
@@ -42,8 +43,11 @@ COMMANDS: dict[str, Command] = {
     "host": Command(_FLEET, "host", "serve artifacts, take records, draw the grid; init, token"),
     "devices": Command(_FLEET, "host", "list boards; approve, rename, revoke them"),
     "publish": Command(_HOST, "host", "put a model or task packs on the host's shelf"),
-    "push": Command(_HOST, "host", "bring a published artifact to a board"),
+    "push": Command(_HOST, "host", "bring a published artifact to boards"),
+    "artifacts": Command(_QUEUE, "host", "list the artifacts on boards, and how far they are"),
     "run": Command(_HOST, "host", "evaluate an artifact on a board and wait for the record"),
+    "sweep": Command(_QUEUE, "host", "evaluate every model on every task on every board"),
+    "runs": Command(_QUEUE, "host", "list or cancel the runs that wait or are going on"),
     "records": Command(_HOST, "host", "list the records that the host has"),
     "heatmap": Command(_HOST, "host", "draw device × model as HTML and PNG"),
 }

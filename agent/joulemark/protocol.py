@@ -3,6 +3,8 @@
     GET  /api/identity          HostFacts: public; an enrolment key's fingerprint confirms it
     POST /api/enrolment         EnrolmentRequest → EnrolmentAnswer: once, with a one-time key
     PUT  /api/device/session    SessionRequest → SessionAnswer: once for each start of the agent
+    GET  /api/device/orders     ?after=REVISION&wait_s=…: Orders as soon as there is a higher revision, else 204
+    POST /api/device/report     Report → ReportAnswer: what has changed; renews the lease of a run
 
 The other way round, whoever speaks to a board directly shows a ticket that its host signed, because boards know nobody but their host:
 
@@ -19,9 +21,11 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from joulemark.statements import Envelope, PublicKey
-from joulemark.wire import SCHEMA, DeviceFacts, Identifier, Sha256, Text, Title, Wire
+from joulemark.wire import SCHEMA, DeviceFacts, Identifier, Problem, RunState, Sha256, Text, Title, Wire
 
 INSTANCE_HEADER = "Joulemark-Instance"
+SIGNATURE_HEADER = "Joulemark-Signature"
+"""A record's envelope (a RecordStatement) as base64 of its JSON."""
 Admission = Literal["pending", "approved", "revoked", "cloned"]
 """Whether a board may take part: not yet, yes, no more, or not while two boards show one identity."""
 
@@ -76,6 +80,50 @@ class SessionAnswer(Wire):
     admission: Admission
     host_time: float
     """Seconds since 1970 by the host's clock, which the board's own may not know."""
+
+
+class Orders(Wire):
+    """What a board is to do now. A board asks with the `revision` that it knows and waits for a higher one."""
+
+    revision: Annotated[int, Field(ge=0)]
+    host_time: float
+    fetch: tuple[Envelope, ...] = ()
+    """FetchOrders that the board has not reported as done."""
+    run: Envelope | None = None
+    """The RunOrder that this board holds the lease of."""
+    cancel: tuple[Identifier, ...] = ()
+    """Runs to end."""
+    forget: tuple[Sha256, ...] = ()
+    """Artifacts to remove."""
+
+
+TargetState = Literal["unknown", "registered", "pending", "in_sync", "error"]
+"""Where an artifact stands on a board: never heard of it; known but nothing asked; on its way; there and verified; given up."""
+
+
+class Holding(Wire):
+    """How far one artifact is on a board."""
+
+    artifact_id: Sha256
+    state: Literal["pending", "in_sync", "error"]
+    received_bytes: Annotated[int, Field(ge=0)] = 0
+    problem: Problem | None = None
+
+
+class Report(Wire):
+    """What has changed on a board since its last report."""
+
+    holdings: Annotated[tuple[Holding, ...], Field(max_length=1000)] = ()
+    runs: Annotated[tuple[RunState, ...], Field(max_length=1000)] = ()
+    refused: Annotated[tuple[Problem, ...], Field(max_length=100)] = ()
+    """Orders that were not accepted, and why."""
+
+
+class ReportAnswer(Wire):
+    """What cannot wait until the board asks for orders again: it may be in a run for hours."""
+
+    cancel: tuple[Identifier, ...] = ()
+    host_time: float
 
 
 class PersonRequest(Wire):

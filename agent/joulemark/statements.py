@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError
 
 from joulemark.errors import Untrusted
-from joulemark.wire import Identifier, Sha256, Title, Wire
+from joulemark.wire import Identifier, Manifest, RunSpec, Sha256, Title, Wire
 
 MAX_ENVELOPE_BYTES = 4 << 20
 MAX_SIGNATURES = 8
@@ -72,6 +72,44 @@ class EnrolmentStatement(Statement):
     tls_public_key: PublicKey
     key_id: Identifier
     host_fingerprint: Sha256
+
+
+class Order(Statement):
+    """Something that the host tells one board to do. `sequence` rises from order to order of a board; an old number is a replay."""
+
+    device_id: Identifier
+    sequence: Annotated[int, Field(ge=1)]
+    issued_at: float
+    expires_at: float
+
+
+class FetchOrder(Order):
+    """Hold this artifact. `release` rises with every artifact that the host gives the same name, format and quantization; a board goes
+    back to a lower one only where `downgrade` says so."""
+
+    TYPE: ClassVar[str] = "application/vnd.joulemark.fetch.v1+json"
+
+    manifest: Manifest
+    release: Annotated[int, Field(ge=1)]
+    downgrade: bool = False
+
+
+class RunOrder(Order):
+    """Evaluate this."""
+
+    TYPE: ClassVar[str] = "application/vnd.joulemark.run.v1+json"
+
+    spec: RunSpec
+
+
+class RecordStatement(Statement):
+    """A board says: this record is mine. `record_sha256` is over the record's bytes as they are sent."""
+
+    TYPE: ClassVar[str] = "application/vnd.joulemark.record.v1+json"
+
+    device_id: Identifier
+    run_id: Identifier
+    record_sha256: Sha256
 
 
 class TicketStatement(Statement):

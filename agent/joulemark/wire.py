@@ -244,6 +244,8 @@ class RunSpec(Wire):
     context_tokens: Annotated[int, Field(ge=16)] | None = None
     batch_tokens: Annotated[int, Field(ge=16, le=8192)] = 512
     sequences: Annotated[int, Field(ge=1, le=200)] = 16
+    report_every_s: Annotated[float, Field(ge=5, le=3600)] = 60.0
+    """The board says so often, and not more often, how far the run is; while the latency phase is timed it says nothing."""
     stall_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """The worker is killed when it has said nothing for so long."""
     timeout_s: Annotated[float, Field(gt=0)] = 86_400.0

@@ -19,16 +19,26 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from joulemark import __version__
-from joulemark.errors import BadInput, Conflict, JoulemarkError, TooManyAttempts, http_status, to_problem
+from joulemark.errors import (
+    BadInput,
+    Conflict,
+    JoulemarkError,
+    NotFound,
+    TooManyAttempts,
+    Untrusted,
+    http_status,
+    to_problem,
+)
 from joulemark.packs import MAX_PACK_BYTES
 from joulemark.protocol import Challenge, Entry
-from joulemark.statements import Envelope
+from joulemark.statements import MAX_ENVELOPE_BYTES, Envelope
 from joulemark.wire import SCHEMA, DeviceFacts, Manifest, Problem, RunSpec
 from joulemark_agent.completions import Completions
 from joulemark_agent.gate import Gate
 from joulemark_agent.http_body import bounded_chunks, read_body, read_model
 from joulemark_agent.jobs import Jobs
 from joulemark_agent.openai_api import create_router
+from joulemark_agent.orders import OrderBook
 from joulemark_agent.outbox import Outbox
 from joulemark_agent.pulling import Puller
 from joulemark_agent.store import Store
@@ -49,6 +59,8 @@ class Services:
     completions: Completions
     puller: Puller
     gate: Gate
+    book: OrderBook | None
+    """What the host ordered; None on an agent without a host, which takes unsigned things (a trial on loopback)."""
     device: Callable[[], DeviceFacts]
     notes: Callable[[], tuple[str, ...]]
     """What a person should know: the disk refuses, the host does not let the board take part."""
@@ -74,7 +86,7 @@ def create_app(services: Services) -> FastAPI:
     app.add_exception_handler(Exception, _answer_error)
     reader = APIRouter(dependencies=[Depends(services.gate.guard("viewer", "operator"))])
     operator = APIRouter(dependencies=[Depends(services.gate.guard("operator"))])
-    _add_entrance(app, services.gate)
+    _add_entrance(app, services.gate, services.book is not None)
     _add_state(app, reader, services)
     _add_artifacts(reader, operator, services)
     _add_runs(reader, operator, services)
@@ -106,12 +118,12 @@ async def _answer_error(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse(problem.model_dump(), status_code=status, headers=headers)
 
 
-def _add_entrance(app: FastAPI, gate: Gate) -> None:
+def _add_entrance(app: FastAPI, gate: Gate, signed: bool) -> None:
     """The only routes that ask nobody who they are."""
 
     @app.get("/healthz")
     def health() -> Any:
-        return {"status": "ok", "version": __version__, "schema": SCHEMA}
+        return {"status": "ok", "version": __version__, "schema": SCHEMA, "signed": signed}
 
     @app.post("/api/challenge")
     def challenge() -> Challenge:
@@ -158,6 +170,14 @@ def _add_state(app: FastAPI, reader: APIRouter, services: Services) -> None:
         return PlainTextResponse(exposition(services.jobs, services.outbox), media_type=CONTENT_TYPE)
 
 
+def refuse_unsigned(services: Services) -> None:
+    """An agent that belongs to a host takes only what the host has signed."""
+    if services.book is not None:
+        raise Untrusted(
+            "this agent takes signed orders only", "POST /api/orders with an envelope; `joulemark push` does"
+        )
+
+
 def _add_artifacts(reader: APIRouter, operator: APIRouter, services: Services) -> None:
     store = services.store
 
@@ -167,6 +187,7 @@ def _add_artifacts(reader: APIRouter, operator: APIRouter, services: Services) -
 
     @operator.post("/api/artifacts")
     async def announce(request: Request) -> Any:
+        refuse_unsigned(services)
         manifest = await read_model(request, Manifest, JSON_LIMIT)
         artifact_id, missing = await run_in_threadpool(store.announce, manifest)
         return {"artifact_id": artifact_id, "missing": list(missing)}
@@ -216,8 +237,19 @@ def _add_artifacts(reader: APIRouter, operator: APIRouter, services: Services) -
 def _add_runs(reader: APIRouter, operator: APIRouter, services: Services) -> None:
     jobs = services.jobs
 
+    @operator.post("/api/orders", status_code=201)
+    async def order(request: Request) -> Any:
+        envelope = await read_model(request, Envelope, MAX_ENVELOPE_BYTES)
+        if services.book is None:
+            raise NotFound("this agent belongs to no host whose orders count", "enrol it: joulemark enrol HOST_URL")
+        done = await run_in_threadpool(services.book.take, envelope)
+        if isinstance(done, str):
+            return {"artifact_id": done, "missing": list(services.store.missing(services.store.manifest_of(done)))}
+        return done.model_dump() if done is not None else {}
+
     @operator.post("/api/runs", status_code=201)
     async def create(request: Request) -> Any:
+        refuse_unsigned(services)
         spec = await read_model(request, RunSpec, JSON_LIMIT)
         return (await run_in_threadpool(jobs.submit, spec)).model_dump()
 

@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from joulemark import tls
 from joulemark.errors import BadInput, JoulemarkError, Unavailable, error_from
+from joulemark.packs import MAX_PACK_BYTES
 from joulemark.protocol import INSTANCE_HEADER
-from joulemark.wire import Problem
+from joulemark.wire import Problem, Sha256
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -46,6 +47,19 @@ class HostLink:
             trust_env=False,
             transport=transport,
         )
+
+    def pack(self, pack_id: Sha256) -> bytes:
+        """A task pack's bytes, unchecked. Raises NotFound, Unavailable, BadInput for one that is too large."""
+        try:
+            with self.client() as client, client.stream("GET", f"/api/packs/{pack_id}") as response:
+                answer = bounded(response, MAX_PACK_BYTES + 1)
+        except httpx.HTTPError as error:
+            raise Unavailable(f"the host cannot be reached: {error}", "it is tried again") from error
+        if not response.is_success:
+            raise error_of(answer, response.status_code)
+        if len(answer) > MAX_PACK_BYTES:
+            raise BadInput(f"pack {pack_id[:12]}… is larger than {MAX_PACK_BYTES} bytes", "publish a smaller one")
+        return answer
 
     @cached_property
     def _context(self) -> ssl.SSLContext:

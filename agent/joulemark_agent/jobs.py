@@ -175,6 +175,11 @@ class Jobs:
         """Whether a run is going on."""
         return bool(self._journal.runs("running"))
 
+    def current(self) -> tuple[RunSpec, RunState] | None:
+        """The run that is going on, and how far it is."""
+        running = self._journal.runs("running")
+        return (running[0], self._journal.state(running[0].run_id)) if running else None
+
     def needs(self, artifact_id: str) -> bool:
         """Whether a run that is not over yet is about this artifact: its record needs the manifest."""
         return any(spec.artifact_id == artifact_id for spec in self._journal.runs("queued", "running"))

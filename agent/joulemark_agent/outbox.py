@@ -28,7 +28,7 @@ from joulemark.errors import BadInput, Conflict, JoulemarkError
 from joulemark.wire import Wire
 from joulemark_agent.database import database_errors, open_database, transaction
 from joulemark_agent.host_link import HostLink
-from joulemark_agent.sinks import Options, Sink, SinkUnavailable
+from joulemark_agent.sinks import Options, Sink, SinkUnavailable, Vouch
 
 FIRST_DELAY_S = 2.0
 LONGEST_DELAY_S = 3600.0
@@ -234,10 +234,12 @@ class Outbox:
             with self._change() as database:
                 self._trim(database)
 
-    def sender(self, link: HostLink | None, paused: Callable[[], bool]) -> Sender:
-        """A sender to the host, or one that only keeps the bounds when there is no host."""
+    def sender(self, link: HostLink | None, paused: Callable[[], bool], vouch: Vouch | None = None) -> Sender:
+        """A sender to the host, or one that only keeps the bounds when there is no host. `vouch` signs what is sent."""
         http = plugins.load("joulemark_agent.sinks", "http") if link is not None else None
-        sink = http.open_sink(Options(link.url, link=link)) if http is not None and link is not None else None
+        sink = (
+            http.open_sink(Options(link.url, link=link, vouch=vouch)) if http is not None and link is not None else None
+        )
         return Sender(self, sink, paused)
 
     # --- inside -------------------------------------------------------------------------------------------------------

@@ -50,6 +50,11 @@ class Puller:
                 self._thread = threading.Thread(target=self._work, name="puller", daemon=True)
                 self._thread.start()
 
+    def active(self, artifact_id: str) -> bool:
+        """Whether this artifact is being fetched or waits for its turn."""
+        with self._lock:
+            return artifact_id in self._wanted
+
     def problem(self, artifact_id: str) -> Problem | None:
         """Why the last pull failed, if it did."""
         with self._lock:

@@ -6,6 +6,7 @@ The listening socket is bound before anything else, so that a port in use is one
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import ipaddress
 import logging
 import socket
@@ -17,6 +18,7 @@ import uvicorn
 
 from joulemark.errors import BadInput, Conflict, DigestMismatch, Unavailable
 from joulemark.protocol import SessionRequest
+from joulemark.statements import Envelope, RecordStatement
 from joulemark.wire import Absent, DeviceFacts, Manifest
 from joulemark_agent import enrolment, hardware, identity
 from joulemark_agent.api import Services, create_app
@@ -26,8 +28,10 @@ from joulemark_agent.host_link import HostLink, checked_url
 from joulemark_agent.identity import Identity
 from joulemark_agent.jobs import Jobs
 from joulemark_agent.journal import Journal
+from joulemark_agent.ledger import Ledger
 from joulemark_agent.local_run import local_machine
 from joulemark_agent.machine import boot_id
+from joulemark_agent.orders import OrderBook
 from joulemark_agent.outbox import Outbox
 from joulemark_agent.pulling import Puller
 from joulemark_agent.session import Session, new_instance_id
@@ -166,18 +170,26 @@ def assemble(settings: Settings, who: Identity) -> Services:
 
     instance_id = new_instance_id()
     link = _link(settings, who, instance_id)
-    session = None
-    if link is not None and link.credential is not None:
-        session = Session(link, presentation, jobs.busy, lambda answer: names.append(answer.name))
 
     def silent() -> bool:
         return jobs.busy() or (session is not None and not session.ready())
 
-    sender = outbox.sender(link, paused=silent)
+    def vouch(run_id: str, body: bytes) -> Envelope:
+        digest = hashlib.sha256(body).hexdigest()
+        return who.key.sign(RecordStatement(device_id=who.device_id, run_id=run_id, record_sha256=digest))
+
+    sender = outbox.sender(link, paused=silent, vouch=vouch)
     puller = Puller(store, link, paused=silent)
+    ledger, book, session = None, None, None
+    if link is not None and who.membership is not None:
+        ledger = Ledger(settings.data / "ledger.sqlite", time.monotonic)
+        host_key = who.membership.host.signing_key
+        book = OrderBook(who.device_id, host_key, ledger, store, puller, jobs, link.pack, time.monotonic)
+        session = Session(link, book, presentation, jobs.current, lambda answer: names.append(answer.name))
 
     def notes() -> tuple[str, ...]:
-        found = (outbox.note(), journal.note, jobs.trouble(), session.note() if session is not None else None)
+        found = [outbox.note(), journal.note, jobs.trouble()]
+        found += [ledger.note if ledger is not None else None, session.note() if session is not None else None]
         return tuple(note for note in found if note)
 
     def start() -> None:
@@ -196,11 +208,13 @@ def assemble(settings: Settings, who: Identity) -> Services:
         completions.close()
         journal.close()
         outbox.close()
+        if ledger is not None:
+            ledger.close()
 
     host_key = who.membership.host.signing_key if who.membership is not None else None
     token = None if settings.open_to_all else local_token(who.folder)
     gate = Gate(who.device_id, host_key, token, time.monotonic, settings.open_to_all)
-    return Services(store, jobs, outbox, completions, puller, gate, device, notes, start, stop)
+    return Services(store, jobs, outbox, completions, puller, gate, book, device, notes, start, stop)
 
 
 def _link(settings: Settings, who: Identity, instance_id: str) -> HostLink | None:

@@ -1,29 +1,41 @@
-"""This start of the agent as the host knows it: opens the session, again and again until the host lets the board take part.
+"""This start of the agent at its host: opens a session, waits for orders, says what has changed.
 
-`instance_id` is made anew at every start and lives in memory only, so that a copied card cannot have it. Nothing is said while a run is
-timed. Deliveries and pulls wait until `ready`. Not aware of what is delivered or pulled.
+`instance_id` is made anew at every start and lives in memory only, so that a copied card cannot have it. Orders come by a long poll, which
+works behind NAT and costs nothing while there is no news. Reports are differences, at most one in REPORT_EVERY_S. While a run is going on
+nothing is asked; how far it is is said as often as its spec allows, and not at all while the latency phase is timed. Not aware of what
+orders mean. Times are monotonic seconds.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import secrets
 import threading
+import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import httpx
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from joulemark.errors import JoulemarkError, Unavailable
-from joulemark.protocol import Admission, SessionAnswer, SessionRequest
+from joulemark.protocol import Admission, Orders, Report, ReportAnswer, SessionAnswer, SessionRequest
+from joulemark.wire import RunSpec, RunState
 from joulemark_agent.host_link import HostLink, bounded, error_of
+from joulemark_agent.orders import OrderBook
 
-EVERY_S = 60.0
-WAITING_EVERY_S = 10.0
-LONGEST_DELAY_S = 600.0
-ANSWER_BYTES = 64 * 1024
+WAIT_S = 50.0
+WAITING_EVERY_S = 5.0
+FIRST_DELAY_S = 1.0
+LONGEST_DELAY_S = 300.0
+REPORT_EVERY_S = 2.0
+LOOK_EVERY_S = 0.5
+ANSWER_BYTES = 8 << 20
+QUIET_PHASES = ("idle", "load", "warmup", "latency", "cooldown")
 
 log = logging.getLogger(__name__)
+Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
 def new_instance_id() -> str:
@@ -32,34 +44,42 @@ def new_instance_id() -> str:
 
 
 class Session:
-    """See the module. `request` says what the board is now; `on_answer` gets the host's view of it."""
+    """See the module. `request` says what the board is now; `current` the run that is going on; `on_answer` gets the host's view."""
 
     def __init__(
         self,
         link: HostLink,
+        book: OrderBook,
         request: Callable[[], SessionRequest],
-        paused: Callable[[], bool],
+        current: Callable[[], tuple[RunSpec, RunState] | None],
         on_answer: Callable[[SessionAnswer], None] = lambda _: None,
     ) -> None:
         self._link = link
+        self._book = book
         self._request = request
-        self._paused = paused
+        self._current = current
         self._on_answer = on_answer
         self._admission: Admission | None = None
         self._trouble: str | None = None
         self._failures = 0
+        self._revision = -1
+        self._reported_s = 0.0
         self._stopping = threading.Event()
-        self._changed = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="session", daemon=True)
+        self._client = link.client(WAIT_S + 20)
+        self._threads = [
+            threading.Thread(target=self._loop, args=(step,), name=name, daemon=True)
+            for name, step in (("orders", self._orders_step), ("reports", self._reports_step))
+        ]
 
     def start(self) -> None:
         """Begins to ask."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """Ends; a request in flight is not waited for."""
+        """Ends; a request in flight is cut."""
         self._stopping.set()
-        self._changed.set()
+        self._client.close()
 
     def ready(self) -> bool:
         """Whether the host lets this board take part."""
@@ -69,52 +89,100 @@ class Session:
         """Why it does not, for people."""
         return self._trouble
 
-    def step(self) -> float:
-        """Asks once; the seconds until the next time."""
-        if self._paused():
-            return WAITING_EVERY_S
-        try:
-            answer = self._ask()
-        except JoulemarkError as error:
-            self._failures += 1
-            if not isinstance(error, Unavailable):  # the host answers, and refuses
-                self._admission = None
-            self._tell(f"the host does not let this board take part: {error.message}; {error.hint}")
-            return min(WAITING_EVERY_S * 2 ** min(self._failures - 1, 10), LONGEST_DELAY_S)
+    # --- the two threads ----------------------------------------------------------------------------------------------
+    def _loop(self, step: Callable[[], float]) -> None:
+        while not self._stopping.is_set():
+            try:
+                wait_s = step()
+            except JoulemarkError as error:
+                if self._stopping.is_set():
+                    return
+                wait_s = self._failed(error)
+            self._stopping.wait(wait_s)
+
+    def _orders_step(self) -> float:
+        if self._current() is not None:
+            return LOOK_EVERY_S
+        if self._admission != "approved":
+            return self._open()
+        answer = self._ask("GET", f"/api/device/orders?after={self._revision}&wait_s={WAIT_S:g}")
         self._failures = 0
-        self._admission = answer.admission
+        if answer is not None:
+            orders = _parsed(Orders, answer)
+            self._book.follow(orders)
+            self._revision = orders.revision
+        return 0.0
+
+    def _reports_step(self) -> float:
+        if self._admission != "approved":
+            return LOOK_EVERY_S
+        now, running = time.monotonic(), self._current()
+        if running is None:
+            self._book.work()
+            if now - self._reported_s < REPORT_EVERY_S:
+                return LOOK_EVERY_S
+            report = self._book.report()
+        else:
+            spec, state = running
+            if state.phase in QUIET_PHASES or state.phase is None or now - self._reported_s < spec.report_every_s:
+                return LOOK_EVERY_S
+            report = self._book.renewal()
+        if report is not None:
+            self._say(report)
+        return LOOK_EVERY_S
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+    def _open(self) -> float:
+        answer = _parsed(
+            SessionAnswer, self._ask("PUT", "/api/device/session", self._request().model_dump_json()) or b""
+        )
+        self._failures = 0
+        self._revision = -1
+        self._book.forget_told()
         self._on_answer(answer)
         waits = "this board waits for an operator: `joulemark devices approve` on the host"
         self._tell(None if answer.admission == "approved" else waits)
-        return EVERY_S if answer.admission == "approved" else WAITING_EVERY_S
+        self._admission = answer.admission
+        return 0.0 if answer.admission == "approved" else WAITING_EVERY_S
+
+    def _say(self, report: Report) -> None:
+        answer = _parsed(ReportAnswer, self._ask("POST", "/api/device/report", report.model_dump_json()) or b"")
+        self._reported_s = time.monotonic()
+        self._book.told(report)
+        for run_id in answer.cancel:
+            self._book.cancel(run_id)
+
+    def _ask(self, method: str, path: str, body: str | None = None) -> bytes | None:
+        """The answer's bytes; None when there is no news (204)."""
+        headers = {"Content-Type": "application/json"} if body is not None else {}
+        try:
+            with self._client.stream(method, path, content=body, headers=headers) as response:
+                answer = bounded(response, ANSWER_BYTES)
+        except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: the client was closed, the agent stops
+            raise Unavailable(
+                f"the host cannot be reached: {str(error) or type(error).__name__}", "it is tried again"
+            ) from error
+        if not response.is_success:
+            raise error_of(answer, response.status_code)
+        return answer if response.status_code != 204 else None
+
+    def _failed(self, error: JoulemarkError) -> float:
+        """Tells people, and how long to wait: longer every time, and not all boards at the same moment."""
+        self._failures += 1
+        if not isinstance(error, Unavailable):  # the host answers, and refuses: begin again with a session
+            self._admission = None
+        self._tell(f"the host does not let this board take part: {error.message}; {error.hint}")
+        longest = min(FIRST_DELAY_S * 2 ** min(self._failures, 12), LONGEST_DELAY_S)
+        return longest * random.uniform(0.5, 1.0)
 
     def _tell(self, trouble: str | None) -> None:
         if trouble != self._trouble:
             log.info("%s", trouble or "the host lets this board take part")
         self._trouble = trouble
 
-    def _ask(self) -> SessionAnswer:
-        body = self._request().model_dump_json()
-        headers = {"Content-Type": "application/json"}
-        try:
-            with (
-                self._link.client() as client,
-                client.stream("PUT", "/api/device/session", content=body, headers=headers) as response,
-            ):
-                answer = bounded(response, ANSWER_BYTES)
-        except httpx.HTTPError as error:
-            raise Unavailable(
-                f"the host cannot be reached: {str(error) or type(error).__name__}", "it is tried again"
-            ) from error
-        if not response.is_success:
-            raise error_of(answer, response.status_code)
-        try:
-            return SessionAnswer.model_validate_json(answer)
-        except ValidationError as error:
-            raise Unavailable("what answers is no Joulemark host", "check the host's address") from error
 
-    def _work(self) -> None:
-        while not self._stopping.is_set():
-            wait_s = self.step()
-            self._changed.wait(wait_s)
-            self._changed.clear()
+def _parsed(model: type[Parsed], answer: bytes) -> Parsed:
+    try:
+        return model.model_validate_json(answer)
+    except ValidationError as error:
+        raise Unavailable("what answers is no Joulemark host", "check the host's address") from error

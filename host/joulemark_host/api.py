@@ -22,10 +22,11 @@ from joulemark import __version__
 from joulemark.errors import JoulemarkError, TooManyAttempts, http_status, to_problem
 from joulemark.wire import SCHEMA, Problem
 from joulemark_host.access import Access
+from joulemark_host.dispatch import Dispatch
 from joulemark_host.identity import HostIdentity
 from joulemark_host.page import ONLINE_POLICY, error_page
 from joulemark_host.records import Records
-from joulemark_host.routes import devices, entrance, grid, shelf
+from joulemark_host.routes import devices, entrance, grid, orders, shelf
 from joulemark_host.routes import records as record_routes
 from joulemark_host.shelf import Shelf
 
@@ -41,20 +42,24 @@ def create_app(
     body_timeout_s: float = BODY_TIMEOUT_S,
     access: Access | None = None,
     identity: HostIdentity | None = None,
+    dispatch: Dispatch | None = None,
 ) -> FastAPI:
     """The application. `allowed_hosts` are the names under which it may be asked for. Without `access` the host is open."""
     access = access or Access(None)
     app = FastAPI(title="Joulemark host", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.stopping = lambda: False  # whoever serves the application says when it ends
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts))
     app.add_middleware(_SecurityHeaders)  # the last added is the outermost, so refusals have the headers too
     _add_errors(app)
     _add_state(app, access)
     app.include_router(shelf.create_router(artifacts, access))
-    app.include_router(record_routes.create_router(records, access, body_timeout_s))
+    app.include_router(record_routes.create_router(records, access, body_timeout_s, dispatch))
     app.include_router(grid.create_router(artifacts, records, access))
     if access.registry is not None and identity is not None:
         app.include_router(entrance.create_router(identity, access.registry, access))
         app.include_router(devices.create_router(access.registry, access))
+    if dispatch is not None:
+        app.include_router(orders.create_router(dispatch, access, lambda: bool(app.state.stopping())))
     return app
 
 

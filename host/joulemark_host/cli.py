@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from joulemark.errors import BadInput, NotFound
+from joulemark.errors import NotFound
 from joulemark_host.options import (
     DEFAULT_DATA,
     DatabaseOption,
@@ -24,17 +25,23 @@ from joulemark_host.options import (
     host_identity,
     open_records,
     open_shelf,
+    subject_of,
     terminal,
 )
 
 if TYPE_CHECKING:
+    from joulemark_host.dispatch import Dispatch
     from joulemark_host.evaluation import Subject
     from joulemark_host.records import Records
-    from joulemark_host.shelf import Shelf
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-AgentOption = Annotated[str, typer.Option("--agent", "--to", help="Address of the agent.")]
+ToOption = Annotated[
+    str,
+    typer.Option(
+        "--to", "--agent", help="Boards or groups by name, separated by commas, or `all`; or the address of an agent."
+    ),
+]
 DEFAULT_AGENT = "http://127.0.0.1:8090"
 
 
@@ -82,22 +89,36 @@ def push(
         typer.Argument(help="A published model (name, name:quantization or id), a GGUF file or an artifact's folder."),
     ],
     task: Annotated[str, typer.Option(help="Tasks to bring too, separated by commas.")] = "",
-    agent: AgentOption = DEFAULT_AGENT,
+    to: ToOption = DEFAULT_AGENT,
+    downgrade: Annotated[
+        bool, typer.Option("--downgrade", help="Also where the board had a newer one of this name.")
+    ] = False,
+    wait: Annotated[bool, typer.Option(help="Watch until every board has it.")] = True,
     data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Bring a model, and task packs, to an agent. Only what it lacks is sent; a cut transfer goes on where it stopped.
+    """Bring a model to boards. Only what they lack is sent; a cut transfer goes on where it stopped.
 
-    Example: joulemark push smollm2-135m-instruct-q4_1 --task arc_challenge --to http://pi5.local:8090
+    Boards that enrolled are meant by name, by group or all, and fetch it from the host. An address means the agent that answers there: what
+    its host cannot give it is uploaded.
+
+    Example: joulemark push smollm2-135m-instruct-q4_1 --to pi5,kitchen; joulemark push model.gguf --to https://pi5.local:8090
     """
     from joulemark_host import evaluation
     from joulemark_host.client import AgentClient
 
-    shelf, console = open_shelf(data), terminal()
-    client = AgentClient(agent, host_identity(data))
+    shelf, console = open_shelf(data), terminal(as_json)
+    if not _is_address(to):
+        _push_by_name(data, database, subject_of(shelf, model, task, console), to, downgrade, wait, as_json)
+        return
+    client, dispatch = AgentClient(to, host_identity(data)), _signing_dispatch(data, database)
     try:
-        missing = evaluation.push(client, shelf, _subject(shelf, model, task, console), console)
+        missing = evaluation.push(client, shelf, subject_of(shelf, model, task, console), console, dispatch, downgrade)
     finally:
         client.close()
+        if dispatch is not None:
+            dispatch.close()
     console.print("sent" if missing else "nothing to send: the agent has it already")
 
 
@@ -108,7 +129,7 @@ def evaluate(
         typer.Argument(help="A published model (name, name:quantization or id), a GGUF file or an artifact's folder."),
     ],
     task: Annotated[str, typer.Option(help="Tasks, separated by commas.")] = "arc_challenge",
-    agent: AgentOption = DEFAULT_AGENT,
+    to: ToOption = DEFAULT_AGENT,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first documents of each task.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Engine threads; default: all usable cores.")] = None,
     sequences: Annotated[int, typer.Option(min=1, max=200, help="Answers generated side by side.")] = 16,
@@ -121,7 +142,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model on a board and wait: publish, push, run, keep the record, show the figures.
 
-    Example: joulemark run model-q4_k_m.gguf --task arc_challenge,gsm8k_cot --limit 100 --agent http://pi5.local:8090
+    Example: joulemark run model-q4_k_m.gguf --task arc_challenge,gsm8k_cot --limit 100 --to pi5
     """
     from joulemark_host import evaluation
     from joulemark_host.client import AgentClient
@@ -130,18 +151,23 @@ def evaluate(
     shelf, records, console = open_shelf(data), open_records(data, database), terminal(as_json)
     options: dict[str, Any] = {"limit": limit, "threads": threads, "sequences": sequences, "variant": variant}
     options |= {"context_tokens": context, "backend": backend}
-    client = AgentClient(agent, host_identity(data))
     run_ids: list[str] = []
+    dispatch = _signing_dispatch(data, database)
     try:
-        subject = _subject(shelf, model, task, console)
-        evaluation.push(client, shelf, subject, console)
-        for name in subject.packs:
-            body = evaluation.run_task(client, subject, name, options, console)
-            records.put(body)
-            run_ids.append(parse_record(body).spec.run_id)
+        subject = subject_of(shelf, model, task, console)
+        if not _is_address(to):
+            run_ids += _run_by_name(data, database, subject, to, options, console)
+        else:
+            with closing(AgentClient(to, host_identity(data))) as client:
+                evaluation.push(client, shelf, subject, console, dispatch, downgrade=True)
+                for name in subject.packs:
+                    body = evaluation.run_task(client, subject, name, options, console, dispatch)
+                    records.put(body)
+                    run_ids.append(parse_record(body).spec.run_id)
         _show_runs(records, run_ids, as_json)
     finally:
-        client.close()
+        if dispatch is not None:
+            dispatch.close()
         records.close()
 
 
@@ -227,24 +253,48 @@ def demo(
     demonstrate(out, limit, keep, terminal())
 
 
-def _subject(shelf: Shelf, model: str, tasks: str, console: Any) -> Subject:
-    from joulemark import sources
-    from joulemark_host.evaluation import Subject
-    from joulemark_host.publishing import publish_model, publish_task, task_names
-    from joulemark_host.terminal import bar
+def _is_address(to: str) -> bool:
+    return to.startswith(("http://", "https://"))
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    unknown = [name for name in names if name not in task_names()]
-    if unknown:
-        raise BadInput(f"there is no task {unknown[0]!r}", f"known: {', '.join(task_names())}")
-    cache = sources.default_cache()
-    with bar(console, f"publish {model}") as progress:
-        artifact_id, manifest = publish_model(shelf, model, cache, progress)
-    packs: dict[str, str] = {}
-    for name in names:
-        with bar(console, f"render {name}") as progress:
-            packs[name] = publish_task(shelf, name, cache, progress)
-    return Subject(artifact_id, manifest, packs)
+
+def _signing_dispatch(data: Path, database: str | None) -> Dispatch | None:
+    """Who signs orders, if this host has an identity."""
+    from joulemark_host.options import open_dispatch
+
+    return open_dispatch(data, database) if host_identity(data) is not None else None
+
+
+def _push_by_name(
+    data: Path, database: str | None, subject: Subject, to: str, downgrade: bool, wait: bool, as_json: bool
+) -> None:
+    from joulemark_host.options import open_dispatch
+    from joulemark_host.queue_cli import push_by_name
+    from joulemark_host.terminal import targets_table
+
+    with closing(open_dispatch(data, database)) as dispatch:
+        targets = push_by_name(dispatch, subject, to, terminal(as_json), downgrade, wait)
+    if as_json:
+        sys.stdout.write(json.dumps([target.plain() for target in targets], indent=2) + "\n")
+    else:
+        names = {subject.artifact_id: f"{subject.manifest.name} {subject.manifest.quantization}"}
+        terminal().print(targets_table(targets, names), markup=False)
+    if any(target.state == "error" for target in targets):
+        raise typer.Exit(1)
+
+
+def _run_by_name(
+    data: Path, database: str | None, subject: Subject, to: str, options: dict[str, Any], console: Any
+) -> list[str]:
+    """Runs by way of the boards' queues; the ids of those that left a record."""
+    from joulemark_host.options import open_dispatch
+    from joulemark_host.queue_cli import run_by_name
+
+    with closing(open_dispatch(data, database)) as dispatch:
+        runs = run_by_name(dispatch, subject, to, options, console)
+    for run in runs:
+        if run.problem is not None:
+            console.print(f"✗ {run.device}: {run.problem.message}\n  hint: {run.problem.hint}", markup=False)
+    return [run.run_id for run in runs]
 
 
 def _show_runs(records: Records, run_ids: Sequence[str], as_json: bool) -> None:

@@ -43,6 +43,10 @@ class _Announced(Wire):
     missing: tuple[Sha256, ...]
 
 
+class _Health(Wire):
+    signed: bool = False
+
+
 class _FileTransfer(Wire):
     size_bytes: int
     received_bytes: int
@@ -100,14 +104,21 @@ class AgentClient:
         return _parsed(DeviceFacts, self._ask("GET", "/api/device").content)
 
     def push_artifact(
-        self, artifact_id: str, manifest: Manifest, file: Callable[[str], Path], progress: Progress | None = None
+        self,
+        artifact_id: str,
+        manifest: Manifest,
+        file: Callable[[str], Path],
+        progress: Progress | None = None,
+        order: bytes | None = None,
     ) -> int:
-        """Brings the artifact to the agent and returns how many of its files were missing there.
+        """Brings the artifact to the agent and returns how many of its files were missing there. `order` is the host's signed word for it,
+        without which only an open agent takes it.
 
         The agent pulls from its own host where it has one; where that does not work the files are uploaded from
         `file(sha256)`. Both resume. Raises what the agent refuses with.
         """
-        answer = self._ask("POST", "/api/artifacts", content=canonical_json(manifest)).content
+        path, body = ("/api/orders", order) if order is not None else ("/api/artifacts", canonical_json(manifest))
+        answer = self._ask("POST", path, content=body).content
         missing = _parsed(_Announced, answer).missing
         if missing and not self._pulled(artifact_id, progress):
             entries = {entry.sha256: entry for entry in manifest.files if entry.sha256 in missing}
@@ -122,9 +133,14 @@ class AgentClient:
         """Brings a task pack to the agent."""
         self._ask("PUT", f"/api/packs/{pack_id}", content=body)
 
-    def start_run(self, spec: RunSpec) -> RunState:
-        """Creates a run; the agent starts it when it is free."""
-        return _parsed(RunState, self._ask("POST", "/api/runs", content=spec.model_dump_json().encode()).content)
+    def start_run(self, spec: RunSpec, order: bytes | None = None) -> RunState:
+        """Creates a run; the agent starts it when it is free. `order` is the host's signed word for it."""
+        path, body = ("/api/orders", order) if order is not None else ("/api/runs", spec.model_dump_json().encode())
+        return _parsed(RunState, self._ask("POST", path, content=body).content)
+
+    def takes_orders_only(self) -> bool:
+        """Whether the agent belongs to a host and takes nothing that its host has not signed."""
+        return _parsed(_Health, self._ask("GET", "/healthz").content).signed
 
     def run_state(self, run_id: str) -> RunState:
         """How far the run is."""

@@ -22,6 +22,7 @@ from joulemark.errors import JoulemarkError, NotFound, Unavailable
 from joulemark.wire import RunRecord
 from joulemark_host import charts, identity, page
 from joulemark_host.client import AgentClient
+from joulemark_host.dispatch import Dispatch
 from joulemark_host.evaluation import Subject, push, run_task
 from joulemark_host.facts import RunFacts
 from joulemark_host.figures import Figure, draw
@@ -50,6 +51,7 @@ class Servers:
     host_url: str
     identity: HostIdentity
     records: Records
+    dispatch: Dispatch
     agent: AgentClient
     agent_process: Child
 
@@ -62,9 +64,9 @@ def demonstrate(out: Path, limit: int, keep: Path | None, console: Console) -> N
         shelf = Shelf(data / "host" / "shelf")
         subject = _publish(shelf, console)
         with servers(data, console) as running:
-            push(running.agent, shelf, subject, console)
+            push(running.agent, shelf, subject, console, running.dispatch)
             for task in TASKS:
-                record = run_task(running.agent, subject, task, {"limit": limit}, console)
+                record = run_task(running.agent, subject, task, {"limit": limit}, console, running.dispatch)
                 await_delivery(running.records, record, console)
             runs = [run for run in running.records.facts() if run.artifact_id == subject.artifact_id][-len(TASKS) :]
     _report(runs, out, console)
@@ -101,15 +103,17 @@ def servers(data: Path, console: Console) -> Generator[Servers, None, None]:
             with console.status("start the agent"):
                 agent.wait_ready(START_S, child.check)
             console.print(f"✓ agent on {agent.url}, enrolled: {agent.device().title}", markup=False)
-            records = Records(database_url(data / "host", None))
+            url = database_url(data / "host", None)
+            records, dispatch = Records(url), Dispatch(url, who.key)
             try:
-                yield Servers(host_url, who, records, agent, child)
+                yield Servers(host_url, who, records, dispatch, agent, child)
             except JoulemarkError:
                 console.print(f"the agent's log ends so:\n{child.tail()}", markup=False, highlight=False)
                 child.check(DYING_S)
                 raise
             finally:
                 agent.close()
+                dispatch.close()
                 records.close()
         console.print("✓ host and agent stopped")
 

@@ -1,12 +1,11 @@
-"""One evaluation as the host's commands do it: bring model and tasks to an agent, run each task, keep each record.
+"""One evaluation with an agent that this machine reaches: bring model and tasks there, run each task, keep each record.
 
-Every run gets a new run id. A run that the person interrupts is cancelled on the agent too. Not aware of servers; what
-is shown goes to the console that is passed in.
+Every run gets a new run id. A run that the person interrupts is cancelled on the agent too. An agent that belongs to a host takes only
+what that host has signed: `dispatch` signs. Not aware of servers; what is shown goes to the console that is passed in.
 """
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from joulemark.wire import Manifest, RunSpec, RunState
 from joulemark_host.client import AgentClient
+from joulemark_host.dispatch import Dispatch, new_run_id
 from joulemark_host.shelf import Shelf
 from joulemark_host.terminal import bar
 
@@ -29,23 +29,41 @@ class Subject:
     packs: Mapping[str, str]
 
 
-def push(client: AgentClient, shelf: Shelf, subject: Subject, console: Console) -> int:
+def push(
+    client: AgentClient,
+    shelf: Shelf,
+    subject: Subject,
+    console: Console,
+    dispatch: Dispatch | None = None,
+    downgrade: bool = False,
+) -> int:
     """Brings everything to the agent; what it has already is not sent. Returns how many model files were missing."""
+    order = None
+    if dispatch is not None and client.takes_orders_only():
+        device_id = client.device().device_id
+        dispatch.push(device_id, subject.manifest, downgrade)
+        order = dispatch.fetch_order(device_id, subject.artifact_id)
     with bar(console, f"push {subject.manifest.name} {subject.manifest.quantization} to {client.url}") as progress:
-        missing = client.push_artifact(subject.artifact_id, subject.manifest, shelf.file, progress)
+        missing = client.push_artifact(subject.artifact_id, subject.manifest, shelf.file, progress, order)
         for pack_id in subject.packs.values():
             client.push_pack(pack_id, shelf.pack_bytes(pack_id))
     return missing
 
 
-def run_task(client: AgentClient, subject: Subject, task: str, options: Mapping[str, Any], console: Console) -> bytes:
+def run_task(
+    client: AgentClient,
+    subject: Subject,
+    task: str,
+    options: Mapping[str, Any],
+    console: Console,
+    dispatch: Dispatch | None = None,
+) -> bytes:
     """Runs one task and returns the record's bytes, whatever became of the run. `options` are fields of RunSpec."""
-    spec = RunSpec(
-        run_id=f"{task}-{uuid.uuid4().hex[:12]}",
-        artifact_id=subject.artifact_id,
-        pack_id=subject.packs[task],
-        **options,
-    )
+    spec = RunSpec(run_id=new_run_id(task), artifact_id=subject.artifact_id, pack_id=subject.packs[task], **options)
+    order = None
+    if dispatch is not None and client.takes_orders_only():
+        dispatch.queue(client.device().device_id, spec, subject.manifest)
+        order = dispatch.run_order(spec.run_id)
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     )  # fmt: skip
@@ -58,7 +76,7 @@ def run_task(client: AgentClient, subject: Subject, task: str, options: Mapping[
                 shown, description=f"{task}: {words}", completed=state.items_done, total=state.items_total or spec.limit
             )
 
-        client.start_run(spec)
+        client.start_run(spec, order)
         try:
             state = client.watch(spec.run_id, show)
         except KeyboardInterrupt:

@@ -21,6 +21,7 @@ from joulemark_host.options import (
     DatabaseOption,
     DataOption,
     JsonOption,
+    database_url,
     hand_down,
     identity_folder,
     open_records,
@@ -53,6 +54,10 @@ def host(
         bool, typer.Option("--tls", help="TLS on loopback too; beyond loopback there is always TLS.")
     ] = False,
     max_record_bytes: Annotated[int, typer.Option(min=1024, help="The largest record that is taken.")] = 64 * 2**20,
+    lease: Annotated[
+        float,
+        typer.Option(min=1, help="Seconds after which the run of a board that says nothing returns to the queue."),
+    ] = 900.0,
     open_to_all: Annotated[
         bool,
         typer.Option("--open", help="For a trial: let everybody on this machine in, on loopback, with nothing signed."),
@@ -67,6 +72,7 @@ def host(
     from joulemark_host import identity
     from joulemark_host.access import Access
     from joulemark_host.api import create_app
+    from joulemark_host.dispatch import Dispatch
     from joulemark_host.server import bind, is_loopback, names_of, own_names, serve
 
     folder = identity_folder(data)
@@ -84,11 +90,14 @@ def host(
             identity.certify_server(who, own_names(listener))
             certificate = who.server_files
         names = names_of(listener.getsockname()[0])
+        dispatch = Dispatch(database_url(data, database), who.key, lease_s=lease) if who is not None else None
         try:
-            app = create_app(open_shelf(data), records, names, access=Access(registry), identity=who)
+            app = create_app(open_shelf(data), records, names, access=Access(registry), identity=who, dispatch=dispatch)
             serve(app, listener, certificate)
         finally:
             records.close()
+            if dispatch is not None:
+                dispatch.close()
             if registry is not None:
                 registry.close()
 

@@ -24,6 +24,59 @@ DEVICES = sa.Table(
     sa.Column("seen_at", sa.Float),
     sa.Column("address", sa.Text),
     sa.Column("facts", sa.JSON),
+    sa.Column("revision", sa.Integer, nullable=False, default=0),
+    sa.Column("last_order", sa.Integer, nullable=False, default=0),
+)
+
+GROUPS = sa.Table(
+    "device_groups",
+    METADATA,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("device_id", sa.Text, sa.ForeignKey("devices.device_id", ondelete="CASCADE"), primary_key=True),
+)
+
+RELEASES = sa.Table(
+    "releases",
+    METADATA,
+    sa.Column("family", sa.Text, primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("artifact_id", sa.Text, nullable=False, unique=True),
+)
+
+HOLDINGS = sa.Table(
+    "holdings",
+    METADATA,
+    sa.Column("device_id", sa.Text, sa.ForeignKey("devices.device_id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("artifact_id", sa.Text, primary_key=True, index=True),
+    sa.Column("sequence", sa.Integer, nullable=False),
+    sa.Column("envelope", sa.Text, nullable=False),
+    sa.Column("expires_at", sa.Float, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("received_bytes", sa.BigInteger, nullable=False),
+    sa.Column("problem", sa.JSON),
+    sa.Column("changed_at", sa.Float, nullable=False),
+)
+
+RUNS = sa.Table(
+    "runs",
+    METADATA,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("run_id", sa.Text, nullable=False, unique=True),
+    sa.Column("sweep", sa.Text, index=True),
+    sa.Column("device_id", sa.Text, sa.ForeignKey("devices.device_id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("status", sa.Text, nullable=False, index=True),
+    sa.Column("envelope", sa.Text),
+    sa.Column("lease_until", sa.Float),
+    sa.Column("leases", sa.Integer, nullable=False),
+    sa.Column("phase", sa.Text),
+    sa.Column("items_done", sa.Integer, nullable=False),
+    sa.Column("items_total", sa.Integer, nullable=False),
+    sa.Column("problem", sa.JSON),
+    sa.Column("queued_at", sa.Float, nullable=False),
+    sa.Column("changed_at", sa.Float, nullable=False),
+    sqlite_autoincrement=True,
 )
 
 CREDENTIALS = sa.Table(

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from joulemark.errors import BadInput
+
 if TYPE_CHECKING:
+    from joulemark_host.dispatch import Dispatch
+    from joulemark_host.evaluation import Subject
     from joulemark_host.identity import HostIdentity
     from joulemark_host.records import Records
     from joulemark_host.registry import Registry
@@ -68,6 +72,36 @@ def hand_down(context: typer.Context, data: Path, database: str | None) -> bool:
         return False
     context.default_map = {context.invoked_subcommand: {"data": str(data), "database": database}}
     return True
+
+
+def open_dispatch(data: Path, database: str | None) -> Dispatch:
+    """What boards are to do. Raises NotFound before `joulemark host init`."""
+    from joulemark_host import identity
+    from joulemark_host.dispatch import Dispatch
+
+    who = identity.read(identity_folder(data))
+    return Dispatch(database_url(data, database), who.key)
+
+
+def subject_of(shelf: Shelf, model: str, tasks: str, console: Any) -> Subject:
+    """The model and the tasks that these words mean, published first where they are not yet. Raises BadInput, NotFound."""
+    from joulemark import sources
+    from joulemark_host.evaluation import Subject
+    from joulemark_host.publishing import publish_model, publish_task, task_names
+    from joulemark_host.terminal import bar
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    unknown = [name for name in names if name not in task_names()]
+    if unknown:
+        raise BadInput(f"there is no task {unknown[0]!r}", f"known: {', '.join(task_names())}")
+    cache = sources.default_cache()
+    with bar(console, f"publish {model}") as progress:
+        artifact_id, manifest = publish_model(shelf, model, cache, progress)
+    packs: dict[str, str] = {}
+    for name in names:
+        with bar(console, f"render {name}") as progress:
+            packs[name] = publish_task(shelf, name, cache, progress)
+    return Subject(artifact_id, manifest, packs)
 
 
 def database_url(data: Path, database: str | None) -> str:

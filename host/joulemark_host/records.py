@@ -24,7 +24,7 @@ from sqlalchemy.engine import Connection, RowMapping
 from sqlalchemy.exc import DataError, IntegrityError
 
 from joulemark.errors import BadInput, Conflict, Forbidden, NotFound
-from joulemark.wire import SCHEMA, Absent, Measure, Metric, Problem, RunRecord
+from joulemark.wire import SCHEMA, Absent, Measure, Metric, Problem, RunRecord, content_id
 from joulemark_host.facts import FACTS_VERSION, RunFacts, facts_of
 from joulemark_host.tables import METRICS_TABLE, QUARANTINE, RECORDS, open_database, transaction
 
@@ -47,6 +47,15 @@ class Quarantined:
     sha256: str
     size_bytes: int
     received_at: float
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The board that sent a record, its signature, and whether an artifact was ever issued to it."""
+
+    device_id: str
+    signature: bytes | None = None
+    issued: Callable[[str], bool] = lambda _: True
 
 
 def parse_record(body: bytes, max_bytes: int = MAX_RECORD_BYTES) -> RunRecord:
@@ -97,27 +106,27 @@ class Records:
         self._engine.dispose()
 
     def put(
-        self, body: bytes, run_id: str | None = None, device_id: str | None = None
+        self, body: bytes, run_id: str | None = None, origin: Origin | None = None
     ) -> Literal["created", "unchanged"]:
-        """Stores a record. `run_id` and `device_id`, where given, are the id under which it was sent and the board that sent it: they must
-        be the record's own.
+        """Stores a record. `run_id` and `origin`, where given, are the id under which it was sent and the board that sent it: they must be
+        the record's own.
 
-        Raises BadInput, Forbidden (another board's record), TooLarge, Conflict (quarantined), NoSpace or Unavailable (nothing was stored;
-        send it again).
+        Raises BadInput, Forbidden (another board's record, or one about an artifact that this board never got), TooLarge, Conflict
+        (quarantined), NoSpace or Unavailable (nothing was stored; send it again).
         """
         record = parse_record(body, self.max_record_bytes)
         name = record.spec.run_id
         if run_id is not None and run_id != name:
             raise BadInput(f"the record of run {name!r} was sent under {run_id!r}", "send it under its own run id")
-        if device_id is not None and device_id != record.device.device_id:
-            raise Forbidden(f"the record of run {name!r} is about another board", "a board sends its own records only")
+        if origin is not None:
+            _check_origin(record, origin)
         sha256 = hashlib.sha256(body).hexdigest()
         facts = facts_of(record)
         try:
             with self._transaction() as connection:
                 known = _known_sha256(connection, name)
                 if known is None:
-                    self._insert(connection, facts, body, sha256)
+                    self._insert(connection, facts, body, sha256, origin.signature if origin is not None else None)
                     return "created"
         except IntegrityError:  # another writer was faster with the same run id
             with self._transaction() as connection:
@@ -142,9 +151,19 @@ class Records:
             raise NotFound(f"there is no record of run {run_id!r}", "`joulemark records` lists what is here")
         return gzip.decompress(body)
 
+    def signature(self, run_id: str) -> bytes | None:
+        """The envelope in which the board vouches for its record; None for one that came unsigned. Raises NotFound."""
+        with self._transaction() as connection:
+            row = connection.execute(sa.select(RECORDS.c.signature).where(RECORDS.c.run_id == run_id)).first()
+        if row is None:
+            raise NotFound(f"there is no record of run {run_id!r}", "`joulemark records` lists what is here")
+        return row.signature
+
     def facts(self, task: str | None = None, metrics: Collection[str] | None = None) -> list[RunFacts]:
         """All runs (of `task`) in order of receipt, with the named metrics (default: all)."""
-        query = sa.select(*(column for column in RECORDS.c if column.name != "body")).order_by(RECORDS.c.sequence)
+        query = sa.select(*(column for column in RECORDS.c if column.name not in ("body", "signature"))).order_by(
+            RECORDS.c.sequence
+        )
         figures = sa.select(METRICS_TABLE)
         if task is not None:
             query = query.where(RECORDS.c.task == task)
@@ -170,10 +189,13 @@ class Records:
             rows = connection.execute(sa.select(*columns).order_by(QUARANTINE.c.number))
             return [Quarantined(*row) for row in rows]
 
-    def _insert(self, connection: Connection, facts: RunFacts, body: bytes, sha256: str) -> None:
+    def _insert(
+        self, connection: Connection, facts: RunFacts, body: bytes, sha256: str, signature: bytes | None
+    ) -> None:
         connection.execute(
             sa.insert(RECORDS).values(
                 sha256=sha256,
+                signature=signature,
                 size_bytes=len(body),
                 received_at=self._clock(),
                 body=gzip.compress(body, compresslevel=6, mtime=0),
@@ -221,6 +243,18 @@ class Records:
         return transaction(self._engine)
 
 
+def _check_origin(record: RunRecord, origin: Origin) -> None:
+    name = record.spec.run_id
+    if origin.device_id != record.device.device_id:
+        raise Forbidden(f"the record of run {name!r} is about another board", "a board sends its own records only")
+    for artifact_id in {record.spec.artifact_id, content_id(record.manifest)}:
+        if not origin.issued(artifact_id):
+            raise Forbidden(
+                f"the record of run {name!r} is about artifact {artifact_id[:12]}…, which this board was never given",
+                "`joulemark push` it, then run it: a result counts only for what the host has issued",
+            )
+
+
 def _known_sha256(connection: Connection, run_id: str) -> str | None:
     return connection.execute(sa.select(RECORDS.c.sha256).where(RECORDS.c.run_id == run_id)).scalar()
 
@@ -265,7 +299,7 @@ def _metric(row: RowMapping) -> Metric:
 
 def _facts(row: RowMapping, metrics: dict[str, Metric]) -> RunFacts:
     names = (column.name for column in RECORDS.c)
-    skipped = {"body", "sha256", "size_bytes", "facts_version", "problem", "reasons"}
+    skipped = {"body", "signature", "sha256", "size_bytes", "facts_version", "problem", "reasons"}
     return RunFacts(
         **{name: row[name] for name in names if name not in skipped},
         problem=Problem(**row["problem"]) if row["problem"] else None,

@@ -22,7 +22,7 @@ from joulemark import credentials, signing
 from joulemark.credentials import Credential, EnrolmentKey
 from joulemark.errors import BadInput, Conflict, Forbidden, NotAuthenticated, NotFound, Untrusted
 from joulemark.protocol import Admission, DeviceRow, EnrolmentRequest, SessionRequest
-from joulemark.statements import EnrolmentStatement
+from joulemark.statements import EnrolmentStatement, PublicKey
 from joulemark.wire import DeviceFacts
 from joulemark_host.facts import printable
 from joulemark_host.fleet_tables import CREDENTIALS, DEVICES, ENROLMENT_KEYS, EVENTS, SESSIONS
@@ -182,6 +182,11 @@ class Registry:
         if self._clock() - (device["seen_at"] or 0.0) > SEEN_EVERY_S:
             self._seen(device_id, address)
 
+    def public_key(self, device_id: str) -> PublicKey:
+        """The key with which a board signs. Raises NotFound."""
+        with self._look() as connection:
+            return _named(connection, device_id)["public_key"]
+
     # --- operators ----------------------------------------------------------------------------------------------------
     def devices(self) -> list[DeviceRow]:
         """All boards by name."""
@@ -293,6 +298,7 @@ class Registry:
         }
         if new:
             values |= {"device_id": said.device_id, "public_key": said.public_key, "name": name, "enrolled_at": now}
+            values |= {"revision": 0, "last_order": 0}
             values |= {"admission": "approved" if approved else "pending", "approved_at": now if approved else None}
             connection.execute(sa.insert(DEVICES).values(**values))
         else:

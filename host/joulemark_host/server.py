@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import resource
 import socket
 import ssl
 import sys
@@ -17,7 +18,8 @@ from fastapi import FastAPI
 from joulemark.errors import BadInput, Conflict
 
 LOG = logging.getLogger(__name__)
-CONNECTION_LIMIT = 256
+CONNECTION_LIMIT = 4096
+"""A thousand boards wait for orders, each on a connection of its own."""
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
@@ -27,6 +29,7 @@ def serve(app: FastAPI, listener: socket.socket, certificate: tuple[Path, Path] 
     address, port = listener.getsockname()[:2]
     scheme = "http" if certificate is None else "https"
     LOG.info("host serves on %s://%s:%s", scheme, f"[{address}]" if ":" in address else address, port)
+    _allow_connections()
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -40,12 +43,24 @@ def serve(app: FastAPI, listener: socket.socket, certificate: tuple[Path, Path] 
     config.load()
     if config.ssl is not None:
         config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
-    uvicorn.Server(config).run(sockets=[listener])
+    server = uvicorn.Server(config)
+    app.state.stopping = lambda: server.should_exit
+    server.run(sockets=[listener])
 
 
 def names_of(address: str) -> tuple[str, ...]:
     """The names under which a host on `address` may be asked for: on loopback only loopback's, against DNS rebinding."""
     return LOOPBACK_NAMES if ipaddress.ip_address(address).is_loopback else ("*",)
+
+
+def _allow_connections() -> None:
+    """Raises this process's own limit of open files as far as the system lets it: many systems begin at 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * CONNECTION_LIMIT
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
 
 
 def is_loopback(listener: socket.socket) -> bool:

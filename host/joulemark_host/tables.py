@@ -33,6 +33,7 @@ RECORDS = sa.Table(
     sa.Column("size_bytes", sa.Integer, nullable=False),
     sa.Column("received_at", sa.Float, nullable=False),
     sa.Column("body", sa.LargeBinary, nullable=False),
+    sa.Column("signature", sa.LargeBinary),
     sa.Column("facts_version", sa.Integer, nullable=False),
     sa.Column("status", sa.Text, nullable=False),
     sa.Column("valid", sa.Boolean, nullable=False),

@@ -5,7 +5,7 @@ Not aware of where records come from. Units are chosen for people by `joulemark_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 
@@ -18,6 +18,7 @@ from joulemark.metrics import METRICS
 from joulemark.protocol import DeviceRow
 from joulemark.wire import Absent, Measure, Metric
 from joulemark_host.compare import artifact_label
+from joulemark_host.dispatch import QueuedRun, Target
 from joulemark_host.facts import RunFacts, printable
 from joulemark_host.readable import amount, interval, unit_for
 from joulemark_host.registry import Event
@@ -174,3 +175,43 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(0.0, seconds):.0f} s"
+
+
+STATE_STYLES = {
+    "in_sync": "green",
+    "done": "green",
+    "error": "red",
+    "failed": "red",
+    "leased": "cyan",
+    "pending": "yellow",
+}
+
+
+def targets_table(targets: Sequence[Target], names: Mapping[str, str]) -> Table:
+    """One row an artifact on a board. `names` are the artifacts' by id."""
+    table = Table(header_style="bold")
+    for column in ("board", "artifact", "state", "received", "problem"):
+        table.add_column(column, overflow="fold")
+    for target in targets:
+        share = f"{target.received_bytes / 1e6:.1f} of {target.size_bytes / 1e6:.1f} MB" if target.size_bytes else ""
+        problem = target.problem.message if target.problem is not None else ""
+        artifact = names.get(target.artifact_id, target.artifact_id[:12])
+        row = [Text(printable(cell)) for cell in (target.device, artifact, target.state, share, problem)]
+        row[2].stylize(STATE_STYLES.get(target.state, ""))
+        table.add_row(*row)
+    return table
+
+
+def queue_table(runs: Sequence[QueuedRun]) -> Table:
+    """One row a run, in the order of the queue."""
+    table = Table(header_style="bold")
+    for column in ("board", "run", "state", "items", "problem"):
+        table.add_column(column, overflow="fold")
+    for run in runs:
+        state = f"{run.status}: {run.phase}" if run.phase is not None and run.status == "leased" else run.status
+        items = f"{run.items_done} of {run.items_total}" if run.items_total else ""
+        problem = run.problem.message if run.problem is not None else ""
+        row = [Text(printable(cell)) for cell in (run.device, run.run_id, state, items, problem)]
+        row[2].stylize(STATE_STYLES.get(run.status, ""))
+        table.add_row(*row)
+    return table

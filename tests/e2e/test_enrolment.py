@@ -14,11 +14,12 @@ import httpx
 import pytest
 
 from joulemark.errors import Untrusted
+from joulemark.wire import RunSpec
 from joulemark_agent import identity as agent_identity
 from joulemark_host.client import AgentClient
 from tests.fixtures.agent_process import AgentProcess
+from tests.fixtures.fleet import enrolled, make_subject
 from tests.fixtures.host_process import HostProcess, wait_until
-from tests.fixtures.small_world import make_files, make_spec
 
 
 @pytest.fixture
@@ -35,22 +36,18 @@ def joulemark(*arguments: str, data: Path | None = None) -> subprocess.Completed
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
-def enrolled(host: HostProcess, folder: Path, approved: bool = True, **environment: str) -> AgentProcess:
-    """An agent that enrols at its first start, as a flashed card does."""
-    key = host.key_file(folder.with_suffix(".key"), approved)
-    options = ("--host-url", host.url, "--enrol-key-file", str(key), "--name", folder.name)
-    agent = AgentProcess(folder, *options, open_to_all=False, **environment)
-    assert not key.exists()
-    return agent
-
-
-def deliver_one(agent: AgentProcess, host: HostProcess, tmp_path: Path, run_id: str) -> None:
-    files = make_files(tmp_path / "files", 4)
-    agent.push_model(files.model_manifest, files.model)
-    (pack_id, pack), *_ = files.packs.items()
-    agent.push_pack(pack_id, pack)
-    agent.submit(make_spec(files, run_id))
-    assert agent.record(run_id).status == "done"
+def run_one(host: HostProcess, device: str, tmp_path: Path, run_id: str) -> None:
+    """Queues a run for a board; whether and when it is done is the test's question."""
+    subject = make_subject(host, tmp_path / "files", 4)
+    spec = RunSpec(
+        run_id=run_id,
+        artifact_id=subject.artifact_id,
+        pack_id=subject.packs["arc_challenge"],
+        backend="fake",
+        idle_s=0.5,
+        cooldown_s=0.0,
+    )
+    host.dispatch.queue(host.registry.device(device).device_id, spec, subject.manifest)
 
 
 def arrived(host: HostProcess, run_id: str) -> bool:
@@ -78,7 +75,7 @@ def test_from_a_key_to_a_record(host: HostProcess, tmp_path: Path):
     assert listed[0]["key_id"] in done.stdout
     agent = AgentProcess(tmp_path / "board", open_to_all=False)
     try:
-        deliver_one(agent, host, tmp_path, "first")
+        run_one(host, "pi5", tmp_path, "first")
         wait_until(lambda: "waits for an operator" in notes(agent))
         assert not arrived(host, "first")
         assert joulemark("devices", "approve", "pi5", data=host.data).returncode == 0
@@ -87,9 +84,10 @@ def test_from_a_key_to_a_record(host: HostProcess, tmp_path: Path):
         (facts,) = host.records.facts()
         assert (facts.device_id, facts.device_name) == (listed[0]["device_id"], "pi5")
         assert joulemark("devices", "revoke", "pi5", data=host.data).returncode == 0
-        deliver_one(agent, host, tmp_path, "second")
-        wait_until(lambda: agent.client.get("/api/health").json()["outbox"]["pending"] == 1)
-        assert not arrived(host, "second")
+        run_one(host, "pi5", tmp_path, "second")
+        wait_until(lambda: "wrong, expired or revoked" in notes(agent), 60)
+        assert agent.client.get("/api/runs").json()["runs"][0]["run_id"] == "first"
+        assert [run.status for run in host.dispatch.runs()] == ["done", "queued"]
     finally:
         agent.stop()
     assert "revoked" in joulemark("devices", data=host.data).stdout
@@ -98,7 +96,7 @@ def test_from_a_key_to_a_record(host: HostProcess, tmp_path: Path):
 def test_no_secret_is_in_logs_command_lines_or_records(host: HostProcess, tmp_path: Path):
     agent = enrolled(host, tmp_path / "board")
     try:
-        deliver_one(agent, host, tmp_path, "only")
+        run_one(host, "board", tmp_path, "only")
         wait_until(lambda: arrived(host, "only"))
         folder = agent.data / "identity"
         secrets = [(folder / name).read_text().strip() for name in ("credential", "local.token")]
@@ -123,7 +121,7 @@ def test_a_copied_card_is_noticed_and_the_operator_is_told(host: HostProcess, tm
         copy = AgentProcess(tmp_path / "copy", open_to_all=False)
         try:
             wait_until(lambda: len(copy.data.with_suffix(".log").read_text()) > 0)
-            deliver_one(original, host, tmp_path, "from-the-original")
+            run_one(host, "board", tmp_path, "from-the-original")
             wait_until(lambda: host.registry.device("board").admission == "cloned")
             wait_until(lambda: "two agents show the identity" in notes(original) + notes(copy), 60)
             assert not arrived(host, "from-the-original")
@@ -150,7 +148,7 @@ def test_a_copied_card_in_another_board_is_refused_and_the_original_goes_on(host
         if host.registry.device("board").facts is not None and answer.status_code == 200:
             pytest.skip("root writes everywhere, and this machine has no hardware numbers to compare")
         assert (answer.status_code, answer.json()["code"]) == (409, "cloned")
-        deliver_one(original, host, tmp_path, "only")
+        run_one(host, "board", tmp_path, "only")
         wait_until(lambda: arrived(host, "only"))
     finally:
         original.stop()
@@ -178,7 +176,7 @@ def test_a_host_with_another_identity_at_the_same_address_gets_nothing(host: Hos
         host.stop()
         stranger = HostProcess(tmp_path / "stranger", port=host.port)
         try:
-            deliver_one(agent, host, tmp_path, "only")
+            run_one(host, "board", tmp_path, "only")
             wait_until(lambda: "CERTIFICATE_VERIFY_FAILED" in agent.data.with_suffix(".log").read_text())
             assert stranger.records.facts() == []
         finally:

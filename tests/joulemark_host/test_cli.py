@@ -68,11 +68,13 @@ def test_heatmap_writes_page_and_picture(data: Path, tmp_path: Path, capsys: pyt
 
 
 def test_errors_have_a_next_step_and_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tiny = tmp_path / "tiny.gguf"
+    tiny.write_bytes(whole(llama()))
     for arguments, status, says in (
         (["heatmap", "--data", str(tmp_path)], 1, "joulemark run"),
         (["run", "nothing.gguf", "--data", str(tmp_path)], 1, "check the path"),
         (["run", "x", "--task", "nonsense", "--data", str(tmp_path)], 1, "known: arc_challenge"),
-        (["push", "x", "--to", "pi5.local", "--data", str(tmp_path)], 1, "http://127.0.0.1:8090"),
+        (["push", str(tiny), "--to", "pi5.local", "--data", str(tmp_path)], 1, "host init"),
         (["records", "--database", "what://x"], 1, "sqlite:///"),
         (["heatmap", "--no-such-option"], 2, "--no-such-option"),
         (["run"], 2, "model"),

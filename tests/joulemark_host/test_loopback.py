@@ -40,9 +40,9 @@ def test_from_the_shelf_over_a_board_to_a_cell(tmp_path: Path, subject: Subject)
     with demo.servers(tmp_path, console) as running:
         agent, host_url = running.agent, running.host_url
         authority = tls.pinned(running.identity.authority_pem, tls.HOST_NAME)
-        assert push(agent, shelf, subject, console) == 1  # pulled by the agent from the host
-        assert push(agent, shelf, subject, console) == 0
-        body = run_task(agent, subject, "arc_challenge", OPTIONS, console)
+        assert push(agent, shelf, subject, console, running.dispatch) == 1  # pulled by the agent from the host
+        assert push(agent, shelf, subject, console, running.dispatch) == 0
+        body = run_task(agent, subject, "arc_challenge", OPTIONS, console, running.dispatch)
         demo.await_delivery(running.records, body, console)
         record = RunRecord.model_validate_json(body)
         assert (record.status, len(record.items)) == ("done", 12)

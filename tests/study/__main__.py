@@ -176,8 +176,8 @@ def _is_of(path: Path, artifact_id: str, pack_id: str) -> bool:
 
 
 def _run(running: Servers, shelf: Shelf, subject: Subject, limit: int | None, console: Console) -> bytes:
-    push(running.agent, shelf, subject, console)
-    record = run_task(running.agent, subject, TASK, {"limit": limit}, console)
+    push(running.agent, shelf, subject, console, running.dispatch)
+    record = run_task(running.agent, subject, TASK, {"limit": limit}, console, running.dispatch)
     await_delivery(running.records, record, console)
     return record
 

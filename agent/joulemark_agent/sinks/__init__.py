@@ -11,11 +11,15 @@ A sink knows no queue and no retries; the outbox has both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from joulemark.errors import Unavailable
+from joulemark.statements import Envelope
 from joulemark_agent.host_link import HostLink
+
+Vouch = Callable[[str, bytes], Envelope]
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Options:
     target: str
     timeout_s: float = 30.0
     link: HostLink | None = None
+    vouch: Vouch | None = None
+    """Signs a record: the board's word for these bytes goes with them."""
 
 
 class SinkUnavailable(Unavailable):

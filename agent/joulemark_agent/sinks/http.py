@@ -18,8 +18,10 @@ from email.utils import parsedate_to_datetime
 import httpx
 
 from joulemark.errors import BadInput, Conflict
+from joulemark.protocol import SIGNATURE_HEADER
+from joulemark.statements import to_base64, write_envelope
 from joulemark_agent.host_link import HostLink, bounded, checked_url
-from joulemark_agent.sinks import Options, Sink, SinkUnavailable
+from joulemark_agent.sinks import Options, Sink, SinkUnavailable, Vouch
 
 REPLY_BYTES = 64 * 1024
 REFUSED = frozenset({400, 413, 415, 422})
@@ -27,16 +29,18 @@ REFUSED = frozenset({400, 413, 415, 422})
 
 
 class _HttpSink:
-    def __init__(self, client: httpx.Client, host: str) -> None:
+    def __init__(self, client: httpx.Client, host: str, vouch: Vouch | None) -> None:
         self._client = client
         self._host = host
+        self._vouch = vouch
 
     def put(self, run_id: str, body: bytes) -> None:
         path = f"/api/records/{urllib.parse.quote(run_id, safe='')}"
+        headers = {"Content-Type": "application/json"}
+        if self._vouch is not None:
+            headers[SIGNATURE_HEADER] = to_base64(write_envelope(self._vouch(run_id, body)))
         try:
-            with self._client.stream(
-                "PUT", f"{self._host}{path}", content=body, headers={"Content-Type": "application/json"}
-            ) as response:
+            with self._client.stream("PUT", f"{self._host}{path}", content=body, headers=headers) as response:
                 reply = bounded(response, REPLY_BYTES)
         except httpx.HTTPError as error:
             raise SinkUnavailable(
@@ -74,7 +78,7 @@ def open_sink(options: Options, transport: httpx.BaseTransport | None = None) ->
     """A sink for the host at `options.target` (http or https). `transport` replaces the network in tests."""
     target = checked_url(options.target)
     link = options.link or HostLink(target)
-    return _HttpSink(link.client(options.timeout_s, transport), target)
+    return _HttpSink(link.client(options.timeout_s, transport), target, options.vouch)
 
 
 def _field(reply: bytes, name: str) -> object:

@@ -9,23 +9,44 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
+from joulemark.protocol import SIGNATURE_HEADER
+from joulemark.statements import write_envelope
 from joulemark_host.access import Access
+from joulemark_host.dispatch import Dispatch
 from joulemark_host.intake import spool
-from joulemark_host.records import Records
+from joulemark_host.lineage import check_record, envelope_of
+from joulemark_host.records import Origin, Records
 from joulemark_host.registry import Caller
 
 
-def create_router(records: Records, access: Access, body_timeout_s: float) -> APIRouter:
-    """A body is spooled to the disk, bounded in bytes and time, before it is looked at."""
+def create_router(
+    records: Records, access: Access, body_timeout_s: float, dispatch: Dispatch | None = None
+) -> APIRouter:
+    """A body is spooled to the disk, bounded in bytes and time, before it is looked at. With a `dispatch` (a host that knows its boards) a
+    board's record has to be signed by it, and about an artifact that it was given."""
     router = APIRouter()
     one_at_a_time = threading.Lock()  # a record is held in memory only while this is held
     sender = access.guard("operator", "device")
     readers = [Depends(access.guard("viewer", "operator"))]
 
-    def store(body: Any, run_id: str, caller: Caller) -> int:
-        device_id = caller.subject if caller.role == "device" else None
+    def store(body: Any, run_id: str, caller: Caller, signature: str | None) -> int:
         with body, one_at_a_time:
-            return 201 if records.put(body.read(), run_id, device_id) == "created" else 200
+            data = body.read()
+            if caller.role != "device":
+                created = records.put(data, run_id) == "created"
+            else:
+                origin = _origin(data, run_id, caller.subject, signature) if dispatch is not None else None
+                created = records.put(data, run_id, origin or Origin(caller.subject)) == "created"
+        if dispatch is not None:
+            dispatch.settle(run_id)
+        return 201 if created else 200
+
+    def _origin(data: bytes, run_id: str, device_id: str, signature: str | None) -> Origin:
+        assert dispatch is not None and access.registry is not None
+        envelope = envelope_of(signature)
+        check_record(envelope, data, run_id, device_id, access.registry.public_key(device_id))
+        issued = dispatch.issued
+        return Origin(device_id, write_envelope(envelope), lambda artifact_id: issued(device_id, artifact_id))
 
     @router.put("/api/records/{run_id}", status_code=201)
     async def put(request: Request, run_id: str, caller: Caller = Depends(sender)) -> JSONResponse:
@@ -36,7 +57,7 @@ def create_router(records: Records, access: Access, body_timeout_s: float) -> AP
             records.max_record_bytes,
             body_timeout_s,
         )
-        status = await run_in_threadpool(store, body, run_id, caller)
+        status = await run_in_threadpool(store, body, run_id, caller, request.headers.get(SIGNATURE_HEADER))
         return JSONResponse({"run_id": run_id, "stored": "created" if status == 201 else "unchanged"}, status)
 
     @router.get("/api/records/{run_id}", dependencies=readers)

@@ -1,0 +1,253 @@
+"""Carrying out what the host has ordered: only what it signed, for this board, not twice and not too late.
+
+Keeps what was ordered and is not done yet, and what the host was told already, so that reports are differences. What is ordered before its
+artifact or pack is here waits. Not aware of how orders arrive (long poll, a person's upload, a USB stick).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+
+from joulemark import signing
+from joulemark.errors import BadInput, Conflict, JoulemarkError, NotFound, Untrusted, to_problem
+from joulemark.protocol import Holding, Orders, Report
+from joulemark.statements import Envelope, FetchOrder, PublicKey, RunOrder
+from joulemark.wire import Identifier, Problem, RunSpec, RunState, Sha256, content_id
+from joulemark_agent.jobs import Jobs
+from joulemark_agent.ledger import Ledger
+from joulemark_agent.pulling import Puller
+from joulemark_agent.store import Store
+
+MAX_REFUSED = 100
+TRY_AGAIN_S = 30.0
+"""After a transfer gave up because the host was away, it is begun again not before so long."""
+ENDED = ("done", "failed", "cancelled", "interrupted")
+
+
+class OrderBook:
+    """See the module. `fetch_pack` gets a pack's bytes from the host."""
+
+    def __init__(
+        self,
+        device_id: Identifier,
+        host_key: PublicKey,
+        ledger: Ledger,
+        store: Store,
+        puller: Puller,
+        jobs: Jobs,
+        fetch_pack: Callable[[Sha256], bytes],
+        clock: Callable[[], float],
+    ) -> None:
+        self._device_id = device_id
+        self._host_key = host_key
+        self._ledger = ledger
+        self._store = store
+        self._puller = puller
+        self._jobs = jobs
+        self._fetch_pack = fetch_pack
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._holdings: dict[Sha256, float] = {}  # artifact id: when its transfer may be started (again), monotonic
+        self._given_up: dict[Sha256, Problem] = {}
+        self._waiting: RunSpec | None = None
+        self._runs: set[Identifier] = set()
+        self._impossible: dict[Identifier, Problem] = {}
+        self._told: dict[str, Holding | RunState] = {}
+        self._refused: list[Problem] = []
+
+    def take(self, envelope: Envelope) -> Sha256 | RunState | None:
+        """Accepts one signed order and begins with it: an artifact's id, or the run's state if it could be queued already.
+
+        Raises Untrusted, and what the store and the queue refuse with.
+        """
+        if envelope.payload_type == FetchOrder.TYPE:
+            return self._take_fetch(signing.opened(envelope, FetchOrder, [self._host_key]))
+        if envelope.payload_type == RunOrder.TYPE:
+            return self._take_run(signing.opened(envelope, RunOrder, [self._host_key]))
+        raise Untrusted(
+            f"an order of the kind {envelope.payload_type!r} is not known", "update joulemark on this board"
+        )
+
+    def follow(self, orders: Orders) -> None:
+        """Brings the board to what the host wants now. What cannot be accepted is reported and does not stop the rest."""
+        self._ledger.hear_time(orders.host_time)
+        envelopes = [*orders.fetch, *([orders.run] if orders.run is not None else [])]
+        for envelope in sorted(envelopes, key=_sequence):
+            self._try(lambda envelope=envelope: self.take(envelope))
+        for run_id in orders.cancel:
+            self.cancel(run_id)
+        for artifact_id in orders.forget:
+            self._try(lambda artifact_id=artifact_id: self._forget(artifact_id))
+
+    def cancel(self, run_id: Identifier) -> None:
+        """Ends a run, wherever it is; one that this board never had counts as ended."""
+        with self._lock:
+            self._runs.add(run_id)
+            if self._waiting is not None and self._waiting.run_id == run_id:
+                self._waiting = None
+        with contextlib.suppress(NotFound):
+            self._jobs.cancel(run_id)
+
+    def work(self) -> None:
+        """What became possible: starts transfers, queues the run whose artifact and pack are here now."""
+        with self._lock:
+            for artifact_id, next_s in self._holdings.items():
+                due = self._clock() >= next_s and artifact_id not in self._given_up
+                if due and not self._puller.active(artifact_id) and not self._complete(artifact_id):
+                    self._puller.start(artifact_id)
+                    self._holdings[artifact_id] = self._clock() + TRY_AGAIN_S
+            spec = self._waiting
+        if spec is not None and self._complete(spec.artifact_id):
+            self._try(lambda: self._queue(spec))
+
+    def report(self) -> Report | None:
+        """What has changed since the last report that arrived; None when nothing has. `told` says that it has arrived."""
+        holdings = tuple(self._holding(artifact_id) for artifact_id in tuple(self._holdings))
+        states = tuple(self._state(run_id) for run_id in tuple(self._runs))
+        with self._lock:
+            news = Report(
+                holdings=tuple(h for h in holdings if self._told.get(h.artifact_id) != h),
+                runs=tuple(s for s in states if self._told.get(s.run_id) != s),
+                refused=tuple(self._refused),
+            )
+        return news if news.holdings or news.runs or news.refused else None
+
+    def renewal(self) -> Report:
+        """The state of the run that is going on, whether it has changed or not: it keeps the lease."""
+        return Report(
+            runs=tuple(s for s in (self._state(run_id) for run_id in tuple(self._runs)) if s.status not in ENDED)
+        )
+
+    def told(self, report: Report) -> None:
+        """This report has arrived."""
+        with self._lock:
+            self._told |= {holding.artifact_id: holding for holding in report.holdings}
+            self._told |= {state.run_id: state for state in report.runs}
+            self._refused = self._refused[len(report.refused) :]
+            for state in report.runs:
+                if state.status in ENDED:
+                    self._runs.discard(state.run_id)
+            for holding in report.holdings:
+                if holding.state != "pending":
+                    self._holdings.pop(holding.artifact_id, None)
+
+    def forget_told(self) -> None:
+        """A new session: the host may have lost what it was told."""
+        with self._lock:
+            self._told = {}
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+    def _take_fetch(self, order: FetchOrder) -> Sha256:
+        self._check(order)
+        artifact_id = content_id(order.manifest)
+        with self._lock:
+            self._holdings.setdefault(artifact_id, 0.0)
+            self._given_up.pop(artifact_id, None)
+            self._told.pop(artifact_id, None)
+        try:
+            self._store.announce(order.manifest)
+        except JoulemarkError as error:
+            with self._lock:
+                self._given_up[artifact_id] = to_problem(error)
+            raise
+        return artifact_id
+
+    def _take_run(self, order: RunOrder) -> RunState | None:
+        self._check(order)
+        with self._lock:
+            if order.spec.run_id not in self._runs:
+                self._runs.add(order.spec.run_id)
+                self._waiting = order.spec
+        if self._complete(order.spec.artifact_id):
+            self._queue(order.spec)
+        with contextlib.suppress(NotFound):
+            return self._jobs.state(order.spec.run_id)
+        return None
+
+    def _check(self, order: FetchOrder | RunOrder) -> None:
+        if order.device_id != self._device_id:
+            raise Untrusted("this order is for another board", "the host signs orders for each board")
+        self._ledger.accept(order)
+
+    def _queue(self, spec: RunSpec) -> None:
+        try:
+            try:
+                self._store.pack_path(spec.pack_id)
+            except NotFound:
+                self._store.put_pack(spec.pack_id, self._fetch_pack(spec.pack_id))
+            self._jobs.submit(spec)
+        except JoulemarkError as error:
+            if error.retryable:
+                raise
+            with self._lock:
+                self._impossible[spec.run_id] = to_problem(error)
+            self._stop_waiting(spec)
+            raise
+        self._stop_waiting(spec)
+
+    def _stop_waiting(self, spec: RunSpec) -> None:
+        with self._lock:
+            if self._waiting is not None and self._waiting.run_id == spec.run_id:
+                self._waiting = None
+
+    def _forget(self, artifact_id: Sha256) -> None:
+        if self._jobs.needs(artifact_id):
+            raise Conflict(f"a run needs artifact {artifact_id[:12]}…", "it is removed when the run is over")
+        with self._lock:
+            self._holdings.pop(artifact_id, None)
+        with contextlib.suppress(NotFound):
+            self._store.delete(artifact_id)
+
+    def _complete(self, artifact_id: Sha256) -> bool:
+        try:
+            self._store.manifest(artifact_id)
+        except NotFound:
+            return False
+        return True
+
+    def _holding(self, artifact_id: Sha256) -> Holding:
+        if (given_up := self._given_up.get(artifact_id)) is not None:
+            return Holding(artifact_id=artifact_id, state="error", problem=given_up)
+        try:
+            progress = self._store.progress(artifact_id)
+        except NotFound:
+            gone = Problem(code="not_found", message="the artifact was removed on the board", hint="push it again")
+            return Holding(artifact_id=artifact_id, state="error", problem=gone)
+        received = sum(file.received_bytes for file in progress.files)
+        problem = self._puller.problem(artifact_id)
+        if progress.complete:
+            return Holding(artifact_id=artifact_id, state="in_sync", received_bytes=received)
+        stuck = problem is not None and not problem.retryable
+        return Holding(
+            artifact_id=artifact_id, state="error" if stuck else "pending", received_bytes=received, problem=problem
+        )
+
+    def _state(self, run_id: Identifier) -> RunState:
+        try:
+            return self._jobs.state(run_id)
+        except NotFound:
+            problem = self._impossible.get(run_id)
+            if problem is not None:
+                return RunState(run_id=run_id, status="failed", problem=problem)
+            waiting = self._waiting is not None and self._waiting.run_id == run_id
+            return RunState(run_id=run_id, status="queued" if waiting else "cancelled")
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (JoulemarkError, OSError) as error:
+            problem = to_problem(error)
+            with self._lock:
+                if problem not in self._refused and len(self._refused) < MAX_REFUSED:
+                    self._refused.append(problem)
+
+
+def _sequence(envelope: Envelope) -> int:
+    """The order's number, unchecked: orders are accepted in their sequence."""
+    kind = FetchOrder if envelope.payload_type == FetchOrder.TYPE else RunOrder
+    try:
+        return kind.model_validate_json(envelope.body()).sequence
+    except (ValueError, BadInput):
+        return 0

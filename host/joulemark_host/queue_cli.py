@@ -1,0 +1,240 @@
+"""The host's commands about its boards' queues: push and run by name, sweep, runs, artifacts. Options in, progress and exit status out.
+
+What is asked for is written down first; these commands then only watch, so that one that is interrupted loses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from joulemark.errors import JoulemarkError, NotFound
+from joulemark_host.dispatch import Dispatch, QueuedRun, Target
+from joulemark_host.evaluation import Subject
+from joulemark_host.options import (
+    DEFAULT_DATA,
+    DatabaseOption,
+    DataOption,
+    JsonOption,
+    hand_down,
+    open_dispatch,
+    open_shelf,
+    subject_of,
+    terminal,
+)
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+runs_app = typer.Typer(invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.add_typer(runs_app, name="runs")
+LOOK_EVERY_S = 0.5
+
+
+@app.callback()
+def joulemark() -> None:
+    """The workstation's side: what boards are to do."""
+
+
+@app.command()
+def sweep(
+    models: Annotated[list[str], typer.Argument(help="Published models, GGUF files, folders of exported artifacts.")],
+    task: Annotated[str, typer.Option(help="Tasks, separated by commas.")] = "arc_challenge",
+    to: Annotated[str, typer.Option("--to", help="Boards or groups, separated by commas, or `all`.")] = "all",
+    name: Annotated[str, typer.Option(help="The sweep's name; asked for again it adds what is missing.")] = "sweep",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first documents of each task.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Engine; default: the board's first that opens the file.")] = None,
+    variant: Annotated[str, typer.Option(help="A word for what is special here, such as 'with fan'.")] = "",
+    retry_failed: Annotated[bool, typer.Option(help="Queue failed runs once more.")] = False,
+    wait: Annotated[bool, typer.Option(help="Watch until every run has ended.")] = True,
+    cancel: Annotated[bool, typer.Option("--cancel", help="End the sweep of this name instead.")] = False,
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate every model on every task on every board. Ctrl-C ends the watching only; the boards go on.
+
+    Example: joulemark sweep small-q4 small-q8 --task arc_challenge,gsm8k_cot --to all --name night
+    """
+    from joulemark_host import sweep as sweeps
+
+    console, dispatch = terminal(as_json), open_dispatch(data, database)
+    try:
+        if cancel:
+            ended = dispatch.cancel([run.run_id for run in dispatch.runs(name)])
+            console.print(f"✓ {ended} runs of {name} are cancelled", markup=False)
+            return
+        devices, shelf = dispatch.devices(to), open_shelf(data)
+        subjects = [subject_of(shelf, model, task, console) for model in models]
+        options = {"limit": limit, "backend": backend, "variant": variant}
+        added = sweeps.queue(dispatch, name, sweeps.cells(subjects, devices), options, retry_failed)
+        console.print(f"✓ {added} runs queued, {len(dispatch.runs(name))} in all", markup=False)
+        runs = watch_runs(console, lambda: dispatch.runs(name)) if wait else dispatch.runs(name)
+    finally:
+        dispatch.close()
+    _show_runs(runs, as_json)
+    if wait and any(run.status != "done" for run in sweeps.latest(runs)):
+        raise typer.Exit(1)
+
+
+@runs_app.callback()
+def runs(
+    context: typer.Context,
+    sweep: Annotated[str | None, typer.Option(help="Only the runs of this sweep.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Also those that have ended.")] = False,
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the runs that wait or are going on. `joulemark runs cancel RUN…` ends some."""
+    if hand_down(context, data, database):
+        return
+    dispatch = open_dispatch(data, database)
+    try:
+        found = dispatch.runs(sweep, open_only=not everything)
+    finally:
+        dispatch.close()
+    _show_runs(found, as_json)
+
+
+@runs_app.command()
+def cancel(
+    run_ids: Annotated[list[str], typer.Argument(help="The runs' ids.")],
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+) -> None:
+    """End runs. One that a board is at ends when the board hears of it; its record says so."""
+    dispatch = open_dispatch(data, database)
+    try:
+        known = {run.run_id for run in dispatch.runs(run_ids=run_ids)}
+        if missing := [run_id for run_id in run_ids if run_id not in known]:
+            raise NotFound(f"there is no run {missing[0]!r} in a queue", "`joulemark runs --all` lists them")
+        ended = dispatch.cancel(run_ids)
+    finally:
+        dispatch.close()
+    terminal().print(f"✓ {ended} of {len(run_ids)} are cancelled; the others had ended", markup=False)
+
+
+@app.command()
+def artifacts(
+    device: Annotated[str | None, typer.Option(help="Only this board.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Only this artifact (name, name:quantization or id), on all boards.")
+    ] = None,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Remove the artifact from the board (both have to be named).")
+    ] = False,
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the artifacts on boards and how far they are: unknown, registered, pending, in_sync, error.
+
+    Example: joulemark artifacts --device pi5
+    """
+    from joulemark_host.terminal import targets_table
+
+    dispatch, shelf = open_dispatch(data, database), open_shelf(data)
+    try:
+        device_id = next(iter(dispatch.devices(device))) if device is not None else None
+        artifact_id = shelf.resolve(model) if model is not None else None
+        if forget:
+            if device_id is None or artifact_id is None:
+                raise NotFound("--forget needs --device and --model", "name the board and the artifact")
+            dispatch.forget(device_id, artifact_id)
+        found = dispatch.targets(device_id, artifact_id)
+    finally:
+        dispatch.close()
+    names = {key: f"{manifest.name} {manifest.quantization}" for key, manifest in shelf.artifacts().items()}
+    if as_json:
+        sys.stdout.write(json.dumps([target.plain() for target in found], indent=2) + "\n")
+        return
+    console = terminal()
+    console.print(targets_table(found, names) if found else "nothing was pushed yet: `joulemark push`", markup=False)
+
+
+def push_by_name(
+    dispatch: Dispatch, subject: Subject, to: str, console: Any, downgrade: bool = False, wait: bool = True
+) -> list[Target]:
+    """Wants the artifact on the boards that `to` means, and shows how it gets there until every board has it or gave up."""
+    devices = dispatch.devices(to)
+    for device_id in devices:
+        dispatch.push(device_id, subject.manifest, downgrade)
+
+    def targets() -> list[Target]:
+        return [t for t in dispatch.targets(artifact_id=subject.artifact_id) if t.device_id in devices]
+
+    return _watch_targets(console, targets) if wait else targets()
+
+
+def run_by_name(
+    dispatch: Dispatch, subject: Subject, to: str, options: dict[str, Any], console: Any
+) -> list[QueuedRun]:
+    """Queues every task of the subject on the boards that `to` means and watches. Interrupted, the runs are cancelled."""
+    from joulemark.wire import RunSpec
+    from joulemark_host.dispatch import new_run_id
+
+    run_ids: list[str] = []
+    for device_id in dispatch.devices(to):
+        for task, pack_id in subject.packs.items():
+            spec = RunSpec(run_id=new_run_id(task), artifact_id=subject.artifact_id, pack_id=pack_id, **options)
+            dispatch.queue(device_id, spec, subject.manifest)
+            run_ids.append(spec.run_id)
+    try:
+        return watch_runs(console, lambda: dispatch.runs(run_ids=run_ids))
+    except KeyboardInterrupt:
+        dispatch.cancel(run_ids)
+        raise
+
+
+def watch_runs(console: Any, look: Callable[[], list[QueuedRun]]) -> list[QueuedRun]:
+    """Shows the runs until all have ended."""
+    from rich.live import Live
+
+    from joulemark_host.sweep import over
+    from joulemark_host.terminal import queue_table
+
+    runs = look()
+    with Live(queue_table(runs), console=console, transient=True, refresh_per_second=2) as live:
+        while not over(runs):
+            time.sleep(LOOK_EVERY_S)
+            runs = _patiently(look, runs)
+            live.update(queue_table(runs))
+    return runs
+
+
+def _watch_targets(console: Any, look: Callable[[], list[Target]]) -> list[Target]:
+    from joulemark_host.dispatch import progress
+    from joulemark_host.terminal import bar
+
+    targets = look()
+    with bar(console, f"push to {len(targets)} boards") as show:
+        while any(target.state == "pending" for target in targets):
+            show(*progress(targets))
+            time.sleep(LOOK_EVERY_S)
+            targets = _patiently(look, targets)
+    return targets
+
+
+def _patiently(look: Callable[[], list[Any]], before: list[Any]) -> list[Any]:
+    """What there is now; a database that is busy for a moment ends no watching that may last a night."""
+    try:
+        return look()
+    except JoulemarkError as error:
+        if not error.retryable:
+            raise
+        return before
+
+
+def _show_runs(runs: Sequence[QueuedRun], as_json: bool) -> None:
+    from joulemark_host.terminal import queue_table
+
+    if as_json:
+        sys.stdout.write(json.dumps([run.plain() for run in runs], indent=2) + "\n")
+        return
+    terminal().print(
+        queue_table(runs) if runs else "no runs: `joulemark run` or `joulemark sweep` queues some", markup=False
+    )

@@ -1,0 +1,277 @@
+"""Boards follow their host's queue, all real processes over TLS: pushed to, run, swept, cancelled; through restarts and lost leases."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from joulemark.errors import Untrusted
+from joulemark.signing import SigningKey, opened
+from joulemark.statements import FetchOrder, RecordStatement, RunOrder, read_envelope, write_envelope
+from joulemark.wire import RunRecord, RunSpec
+from joulemark_agent import identity as agent_identity
+from joulemark_host.client import AgentClient
+from joulemark_host.evaluation import Subject, push, run_task
+from tests.fixtures.agent_process import AgentProcess
+from tests.fixtures.fleet import enrolled, make_subject
+from tests.fixtures.host_process import HostProcess, wait_until
+
+QUICK = {"backend": "fake", "idle_s": 0.5, "cooldown_s": 0.0}
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[HostProcess]:
+    running = HostProcess(tmp_path / "host", "--lease", "5")
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def board(host: HostProcess, tmp_path: Path) -> Iterator[AgentProcess]:
+    agent = enrolled(host, tmp_path / "board", JOULEMARK_FAKE_FAULT="slow:0.1")
+    yield agent
+    agent.stop()
+
+
+def joulemark(host: HostProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "joulemark", *arguments, "--data", str(host.data)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def queue(host: HostProcess, subject: Subject, run_id: str, device: str = "board", **changes: object) -> RunSpec:
+    fields = {"artifact_id": subject.artifact_id, "pack_id": subject.packs["arc_challenge"], **QUICK, **changes}
+    spec = RunSpec.model_validate({"run_id": run_id, **fields})
+    host.dispatch.queue(host.registry.device(device).device_id, spec, subject.manifest)
+    return spec
+
+
+def status(host: HostProcess, run_id: str) -> str:
+    return host.dispatch.runs(run_ids=[run_id])[0].status
+
+
+def test_pushed_by_name_and_run_by_name(host: HostProcess, board: AgentProcess, tmp_path: Path):
+    subject = make_subject(host, tmp_path / "files")
+    pushed = joulemark(host, "push", "tiny", "--to", "board", "--json")
+    assert pushed.returncode == 0, pushed.stderr
+    (target,) = json.loads(pushed.stdout)
+    assert (target["device"], target["state"]) == ("board", "in_sync")
+    assert target["received_bytes"] == target["size_bytes"] == sum(e.size_bytes for e in subject.manifest.files)
+    queue(host, subject, "first")
+    queue(host, subject, "second", limit=5)
+    wait_until(lambda: status(host, "second") == "done", 60)
+    wanted = [("first", "done", 12), ("second", "done", 5)]
+    wait_until(lambda: [(run.run_id, run.status, run.items_done) for run in host.dispatch.runs()] == wanted)
+    record = RunRecord.model_validate_json(host.records.raw("first"))
+    assert record.status == "done" and [item.doc_id for item in record.items] == list(range(12))
+    listed = joulemark(host, "artifacts", "--device", "board")
+    assert "in_sync" in listed.stdout and "tiny" in listed.stdout
+
+
+def test_who_vouches_for_a_record(host: HostProcess, board: AgentProcess, tmp_path: Path):
+    subject = make_subject(host, tmp_path / "files", 3)
+    queue(host, subject, "only")
+    wait_until(lambda: status(host, "only") == "done", 60)
+    device = host.registry.device("board")
+    signature = host.records.signature("only")
+    assert signature is not None
+    said = opened(read_envelope(signature), RecordStatement, [host.registry.public_key("board")])
+    assert said.record_sha256 == hashlib.sha256(host.records.raw("only")).hexdigest()
+    order = opened(
+        read_envelope(host.dispatch.fetch_order(device.device_id, subject.artifact_id)),
+        FetchOrder,
+        [host.identity.key.public],
+    )
+    assert order.manifest == subject.manifest
+
+
+def test_the_host_refuses_what_it_did_not_issue_and_what_is_not_signed(
+    host: HostProcess, board: AgentProcess, tmp_path: Path
+):
+    subject = make_subject(host, tmp_path / "files", 3)
+    queue(host, subject, "only")
+    wait_until(lambda: status(host, "only") == "done", 60)
+    who = agent_identity.load(board.data / "identity")
+    assert who.credential is not None
+    board.stop()
+    body = host.records.raw("only").replace(b'"only"', b'"other"')
+    session = {"instance_id": "i-test", "boot_id": "b", "hardware": None, "facts": board_facts(body)}
+    shown = {"Authorization": f"Bearer {who.credential}", "Joulemark-Instance": "i-test"}
+    assert host.client.put("/api/device/session", json=session, headers=shown).status_code == 200
+
+    def put(data: bytes, key: SigningKey | None, run_id: str = "other") -> httpx.Response:
+        headers = dict(shown)
+        if key is not None:
+            digest = hashlib.sha256(data).hexdigest()
+            said = RecordStatement(device_id=who.device_id, run_id="other", record_sha256=digest)
+            headers["Joulemark-Signature"] = base64.b64encode(write_envelope(key.sign(said))).decode()
+        return host.client.put(f"/api/records/{run_id}", content=data, headers=headers)
+
+    for data, key in ((body, None), (body, SigningKey(bytes(32)))):
+        answer = put(data, key)
+        assert (answer.status_code, answer.json()["code"]) == (403, "untrusted")
+    foreign = body.replace(subject.artifact_id.encode(), b"0" * 64)
+    answer = put(foreign, who.key)
+    assert answer.status_code == 403 and "never given" in answer.json()["message"]
+    altered = RunRecord.model_validate_json(body)
+    manifest = altered.manifest.model_copy(update={"name": "another"})
+    answer = put(altered.model_copy(update={"manifest": manifest}).model_dump_json().encode(), who.key)
+    assert answer.status_code == 403 and "never given" in answer.json()["message"]
+    assert len(host.records.facts()) == 1
+    assert put(body, who.key).status_code == 201
+    board.start()
+
+
+def board_facts(body: bytes) -> object:
+    return json.loads(body)["device"]
+
+
+def test_an_agent_takes_only_what_its_host_signed_for_it_once_and_in_time(
+    host: HostProcess, board: AgentProcess, tmp_path: Path
+):
+    subject = make_subject(host, tmp_path / "files", 3)
+    device = host.registry.device("board")
+    for path, body in (("/api/artifacts", subject.manifest.model_dump_json()), ("/api/runs", "{}")):
+        answer = board.client.post(path, content=body)
+        assert (answer.status_code, answer.json()["code"]) == (403, "untrusted")
+    now = time.time()
+
+    def fetch(key: SigningKey = host.identity.key, **changes: object) -> httpx.Response:
+        fields = {"device_id": device.device_id, "sequence": 100, "issued_at": now, "expires_at": now + 1000}
+        fields |= {"manifest": subject.manifest, "release": 5, **changes}
+        order = FetchOrder.model_validate(fields)
+        return board.client.post("/api/orders", content=write_envelope(key.sign(order)))
+
+    wait_until(lambda: device_seen(host))
+    for wrong, says in (
+        (fetch(SigningKey(bytes(32))), "signature"),
+        (fetch(device_id="dev-other"), "another board"),
+        (fetch(expires_at=now - 1), "expired"),
+    ):
+        assert wrong.status_code == 403 and says in wrong.json()["message"], wrong.text
+    assert fetch().status_code == 201
+    assert fetch().status_code == 201  # the very same order again: its answer may have been lost
+    replay = fetch(sequence=99)
+    assert replay.status_code == 403 and "replay" in replay.json()["message"]
+    assert "replay" in fetch(issued_at=now + 1).json()["message"]  # another order under a number that was used
+    down = fetch(sequence=101, release=4)
+    assert down.status_code == 403 and "--downgrade" in down.json()["hint"]
+    assert fetch(sequence=102, release=4, downgrade=True).status_code == 201
+    board.kill()
+    board.start()
+    assert "replay" in fetch(sequence=101, release=9).json()["message"]  # also after a restart
+    answer = board.client.post("/api/orders", content=b'{"payloadType":"x","payload":"","signatures":[{"sig":""}]}')
+    assert (answer.status_code, answer.json()["code"]) == (403, "untrusted")
+
+
+def device_seen(host: HostProcess) -> bool:
+    return host.registry.device("board").seen_at is not None
+
+
+def test_a_board_that_its_host_cannot_reach_is_served_by_hand(host: HostProcess, board: AgentProcess, tmp_path: Path):
+    """The host's process is away: a person with the host's data folder uploads straight to the agent, signed all the same."""
+    subject = make_subject(host, tmp_path / "files", 4)
+    wait_until(lambda: device_seen(host))
+    host.stop()
+    from rich.console import Console
+
+    client, console = AgentClient(board.url, host.identity), Console(quiet=True)
+    assert push(client, host.shelf, subject, console, host.dispatch) == 1
+    record = RunRecord.model_validate_json(run_task(client, subject, "arc_challenge", QUICK, console, host.dispatch))
+    assert record.status == "done" and len(record.items) == 4
+    client.close()
+    with pytest.raises(Untrusted):
+        AgentClient(board.url, host.identity).start_run(record.spec)
+    host.start()
+    wait_until(lambda: len(host.records.facts()) == 1, 60)
+    assert status(host, record.spec.run_id) == "done"
+
+
+def test_a_sweep_is_asked_for_again_cancelled_and_resumed(host: HostProcess, board: AgentProcess, tmp_path: Path):
+    subject = make_subject(host, tmp_path / "files", 160)
+    options = {**QUICK, "report_every_s": 5.0}
+    second = enrolled(host, tmp_path / "second", JOULEMARK_FAKE_FAULT="slow:0.1")
+    from joulemark_host import sweep
+
+    try:
+        devices = host.dispatch.devices("all")
+        assert sorted(devices.values()) == ["board", "second"]
+        wanted = sweep.cells([subject], devices)
+        assert sweep.queue(host.dispatch, "night", wanted, options) == 2
+        assert sweep.queue(host.dispatch, "night", wanted, options) == 0
+        wait_until(lambda: all(run.items_done > 0 for run in host.dispatch.runs("night")), 60)
+        assert host.dispatch.cancel([run.run_id for run in host.dispatch.runs("night")]) == 2
+        wait_until(lambda: sweep.over(host.dispatch.runs("night")), 90)
+        assert sweep.counts(host.dispatch.runs("night")) == {"cancelled": 2}
+        assert sweep.queue(host.dispatch, "night", wanted, options) == 2
+        wait_until(lambda: sweep.counts(host.dispatch.runs("night")) == {"done": 2}, 90)
+        assert sweep.queue(host.dispatch, "night", wanted, options) == 0
+    finally:
+        second.stop()
+    shown = joulemark(host, "runs", "--sweep", "night", "--all", "--json")
+    assert sorted(run["status"] for run in json.loads(shown.stdout)) == ["cancelled", "cancelled", "done", "done"]
+
+
+def test_a_board_that_vanishes_returns_its_work_and_takes_it_up_again(
+    host: HostProcess, board: AgentProcess, tmp_path: Path
+):
+    subject = make_subject(host, tmp_path / "files", 40)
+    queue(host, subject, "long")
+    queue(host, subject, "next", limit=3)
+    wait_until(lambda: any(run["items_done"] > 3 for run in board.client.get("/api/runs").json()["runs"]), 60)
+    board.kill()
+    wait_until(lambda: status(host, "long") == "queued", 30)
+    (run, *_) = host.dispatch.runs(run_ids=["long"])
+    assert run.problem is not None and run.problem.code == "vanished"
+    board.start(JOULEMARK_FAKE_FAULT="slow:0.1")
+    wait_until(lambda: status(host, "next") == "done", 120)
+    record = RunRecord.model_validate_json(host.records.raw("long"))
+    assert record.status == "done" and [item.doc_id for item in record.items] == list(range(40))
+    assert record.attempts == 2 and len(host.records.facts()) == 2
+
+
+def test_a_host_that_dies_loses_nothing(host: HostProcess, board: AgentProcess, tmp_path: Path):
+    subject = make_subject(host, tmp_path / "files", 20)
+    queue(host, subject, "first")
+    wait_until(lambda: status(host, "first") == "leased", 30)
+    host.kill()
+    queue(host, subject, "second", limit=3)  # a command needs no running host
+    time.sleep(4)
+    host.start()
+    wait_until(lambda: status(host, "second") == "done", 90)
+    assert sorted(run.run_id for run in host.records.facts()) == ["first", "second"]
+
+
+def test_an_impossible_run_fails_with_its_reason_and_the_queue_goes_on(
+    host: HostProcess, board: AgentProcess, tmp_path: Path
+):
+    subject = make_subject(host, tmp_path / "files", 3)
+    queue(host, subject, "impossible", backend="nonsense")
+    queue(host, subject, "possible")
+    wait_until(lambda: status(host, "possible") == "done", 60)
+    (run,) = host.dispatch.runs(run_ids=["impossible"])
+    assert run.status == "failed" and run.problem is not None and "nonsense" in run.problem.message
+
+
+def test_run_orders_are_for_one_board(host: HostProcess, board: AgentProcess, tmp_path: Path):
+    subject = make_subject(host, tmp_path / "files", 3)
+    other = enrolled(host, tmp_path / "other")
+    try:
+        wait_until(lambda: host.registry.device("other").seen_at is not None)
+        other.stop()
+        queue(host, subject, "for-other", device="other")
+        envelope = host.dispatch.run_order("for-other")
+        assert opened(read_envelope(envelope), RunOrder, [host.identity.key.public]).spec.run_id == "for-other"
+        answer = board.client.post("/api/orders", content=envelope)
+        assert answer.status_code == 403 and "another board" in answer.json()["message"]
+    finally:
+        if other.process.poll() is None:
+            other.stop()
