@@ -130,15 +130,8 @@ class Dispatch:
 
     def push(self, device_id: str, manifest: Manifest, downgrade: bool = False) -> bool:
         """Wants an artifact on a board; whether that is news. What the board has already stays as it is."""
-        artifact_id = content_id(manifest)
         with transaction(self._engine, write=True) as connection:
-            device = _device(connection, device_id)
-            row = connection.execute(_holding(device_id, artifact_id)).mappings().first()
-            fresh = row is not None and row["state"] in ("pending", "in_sync") and row["expires_at"] > self._clock()
-            if fresh:
-                return False
-            self._order_artifact(connection, device, artifact_id, manifest, downgrade)
-        return True
+            return self._want(connection, _device(connection, device_id), manifest, downgrade)
 
     def fetch_order(self, device_id: str, artifact_id: str) -> bytes:
         """The signed order for an artifact that was pushed to this board. Raises NotFound."""
@@ -177,16 +170,16 @@ class Dispatch:
         """
         if content_id(manifest) != spec.artifact_id:
             raise BadInput(f"the manifest is not that of artifact {spec.artifact_id[:12]}…", "publish it again")
-        # Comparing an older artifact with a newer one is what runs are for.
-        self.push(device_id, manifest, downgrade=True)
         plain = spec.model_dump(mode="json")
         with transaction(self._engine, write=True) as connection:
-            _device(connection, device_id)
+            device = _device(connection, device_id)
             known = connection.execute(sa.select(RUNS).where(RUNS.c.run_id == spec.run_id)).mappings().first()
             if known is not None:
                 if known["spec"] != plain or known["device_id"] != device_id:
                     raise Conflict(f"run {spec.run_id} exists with another spec", "choose a new run id")
                 return
+            # Comparing an older artifact with a newer one is what runs are for.
+            self._want(connection, device, manifest, downgrade=True)
             now = self._clock()
             row = {"run_id": spec.run_id, "sweep": sweep, "device_id": device_id, "spec": plain, "status": "queued"}
             row |= {"leases": 0, "items_done": 0, "items_total": spec.limit or 0, "queued_at": now, "changed_at": now}
@@ -341,10 +334,14 @@ class Dispatch:
             return [_queued(row) for row in connection.execute(query.order_by(RUNS.c.number)).mappings()]
 
     # --- inside -------------------------------------------------------------------------------------------------------
-    def _order_artifact(
-        self, connection: Connection, device: RowMapping, artifact_id: str, manifest: Manifest, downgrade: bool
-    ) -> None:
-        now = self._clock()
+    def _want(self, connection: Connection, device: RowMapping, manifest: Manifest, downgrade: bool) -> bool:
+        """Orders an artifact for a board unless it has it, or has an order for it that holds; whether it did."""
+        artifact_id, now = content_id(manifest), self._clock()
+        known = connection.execute(_holding(device["device_id"], artifact_id)).mappings().first()
+        if known is not None and (
+            known["state"] == "in_sync" or (known["state"] == "pending" and known["expires_at"] > now)
+        ):
+            return False
         order = FetchOrder(
             device_id=device["device_id"],
             sequence=self._next_order(connection, device["device_id"]),
@@ -367,6 +364,7 @@ class Dispatch:
         connection.execute(sa.delete(HOLDINGS).where(*_same_holding(device["device_id"], artifact_id)))
         connection.execute(sa.insert(HOLDINGS).values(device_id=device["device_id"], artifact_id=artifact_id, **values))
         self._raise_revision(connection, device["device_id"])
+        return True
 
     def _leased(self, connection: Connection, device: RowMapping) -> Any:
         """The envelope of the run that this board holds; the next one of its queue when it holds none."""

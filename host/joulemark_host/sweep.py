@@ -51,7 +51,7 @@ def queue(
         )
         key = _key(cell.device_id, spec)
         earlier = before.get(key, [])
-        if any(_stands(run, retry_failed) for run in earlier):
+        if earlier and _stands(earlier[-1], retry_failed):
             continue
         suffix = f"-{len(earlier) + 1}" if earlier else ""
         run_id = f"{name[:40]}-{cell.task[:20]}-{key[:10]}{suffix}"

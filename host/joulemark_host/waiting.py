@@ -7,11 +7,15 @@ Not aware of what the numbers count.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from starlette.concurrency import run_in_threadpool
 
+from joulemark.errors import JoulemarkError
+
+LOG = logging.getLogger(__name__)
 LOOK_EVERY_S = 0.5
 
 
@@ -51,9 +55,16 @@ class Waiting:
             self._waiters.discard(waiter)
         return True
 
+    async def _numbers(self) -> dict[str, int]:
+        try:
+            return await run_in_threadpool(self._look)
+        except JoulemarkError as error:  # a database that is busy for a moment: the next look is soon
+            LOG.warning("cannot look for news: %s", error)
+            return {}
+
     async def _watch(self) -> None:
         while self._waiters:
-            numbers = await run_in_threadpool(self._look)
+            numbers = await self._numbers()
             for waiter in tuple(self._waiters):
                 if self._stopping() or numbers.get(waiter.key, 0) > waiter.after:
                     waiter.news.set()

@@ -29,8 +29,8 @@ QUICK = {"backend": "fake", "idle_s": 0.5, "cooldown_s": 0.0}
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[HostProcess]:
-    running = HostProcess(tmp_path / "host", "--lease", "5")
+def host(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[HostProcess]:
+    running = HostProcess(tmp_path / "host", *getattr(request, "param", ()))
     yield running
     running.close()
 
@@ -220,6 +220,7 @@ def test_a_sweep_is_asked_for_again_cancelled_and_resumed(host: HostProcess, boa
     assert sorted(run["status"] for run in json.loads(shown.stdout)) == ["cancelled", "cancelled", "done", "done"]
 
 
+@pytest.mark.parametrize("host", [("--lease", "5")], indirect=True)
 def test_a_board_that_vanishes_returns_its_work_and_takes_it_up_again(
     host: HostProcess, board: AgentProcess, tmp_path: Path
 ):

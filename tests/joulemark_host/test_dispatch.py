@@ -1,0 +1,294 @@
+"""The queue: one run at a time, leases that are renewed and returned, states that all end; boards speak for themselves only."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from joulemark.errors import BadInput, Conflict, NotFound
+from joulemark.protocol import Holding, Report
+from joulemark.signing import SigningKey, opened
+from joulemark.statements import FetchOrder, RunOrder
+from joulemark.wire import Problem, RunSpec, RunState, content_id
+from joulemark_host import sweep
+from joulemark_host.dispatch import LEASE_S, ORDER_LIFE_S, PENDING_TIMEOUT_S, Dispatch
+from joulemark_host.evaluation import Subject
+from joulemark_host.records import Records
+from joulemark_host.registry import Registry
+from tests.fixtures.boards_at_host import Board
+from tests.fixtures.grids import SMOL_Q8
+from tests.fixtures.records import make_record, record_bytes
+
+KEY = SigningKey(bytes(range(32)))
+ARTIFACT = content_id(SMOL_Q8)
+SIZE = sum(entry.size_bytes for entry in SMOL_Q8.files)
+PACK = "b" * 64
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def boards(tmp_path: Path, clock: Clock) -> Iterator[list[str]]:
+    registry = Registry(url(tmp_path), "ab" * 32, clock)
+    ids: list[str] = []
+    for name in ("one", "two"):
+        board = Board(name)
+        registry.enrol(board.enrolment(registry.issue_key("device", "test", approved=True)), "192.0.2.5")
+        ids.append(board.device_id)
+    registry.enrol(Board("new").enrolment(registry.issue_key("device", "test")), "192.0.2.5")
+    yield ids
+    registry.close()
+
+
+@pytest.fixture
+def dispatch(tmp_path: Path, clock: Clock, boards: list[str]) -> Iterator[Dispatch]:
+    made = Dispatch(url(tmp_path), KEY, clock)
+    yield made
+    made.close()
+
+
+def url(folder: Path) -> str:
+    return f"sqlite:///{folder / 'records.db'}"
+
+
+def spec(run_id: str, **changes: object) -> RunSpec:
+    return RunSpec.model_validate({"run_id": run_id, "artifact_id": ARTIFACT, "pack_id": PACK, **changes})
+
+
+def says(run_id: str, status: str, done: int = 0) -> Report:
+    return Report(runs=(RunState.model_validate({"run_id": run_id, "status": status, "items_done": done}),))
+
+
+def held(dispatch: Dispatch, device_id: str) -> str | None:
+    envelope = dispatch.orders(device_id).run
+    return opened(envelope, RunOrder, [KEY.public]).spec.run_id if envelope is not None else None
+
+
+def states(dispatch: Dispatch) -> dict[str, str]:
+    return {run.run_id: run.status for run in dispatch.runs()}
+
+
+def test_one_run_at_a_time_for_each_board(dispatch: Dispatch, boards: list[str]):
+    one, two = boards
+    for run_id, device_id in (("a", one), ("b", one), ("c", two)):
+        dispatch.queue(device_id, spec(run_id), SMOL_Q8)
+    assert (held(dispatch, one), held(dispatch, one), held(dispatch, two)) == ("a", "a", "c")
+    first = dispatch.orders(one).run
+    assert first == dispatch.orders(one).run  # the very same order, not another number
+    dispatch.report(one, says("a", "done", 7))
+    assert held(dispatch, one) == "b"
+    assert states(dispatch) == {"a": "done", "b": "leased", "c": "leased"}
+
+
+def test_the_revision_rises_with_every_news(dispatch: Dispatch, boards: list[str]):
+    one, two = boards
+    seen = [dispatch.revision(one)]
+    for change in (
+        lambda: dispatch.push(one, SMOL_Q8),
+        lambda: dispatch.queue(one, spec("a"), SMOL_Q8),
+        lambda: dispatch.report(one, says("a", "done")),
+        lambda: dispatch.forget(one, ARTIFACT),
+    ):
+        change()
+        seen.append(dispatch.revision(one))
+    assert seen == sorted(set(seen)) and dispatch.revision(two) == 0
+    assert dispatch.revisions() | {one: seen[-1], two: 0} == dispatch.revisions()
+    quiet = dispatch.revision(one)
+    dispatch.report(one, Report())
+    assert dispatch.revision(one) == quiet
+
+
+def test_a_push_is_ordered_once_and_followed(dispatch: Dispatch, boards: list[str]):
+    one = boards[0]
+    assert dispatch.push(one, SMOL_Q8) and not dispatch.push(one, SMOL_Q8)
+    (envelope,) = dispatch.orders(one).fetch
+    order = opened(envelope, FetchOrder, [KEY.public])
+    assert (order.device_id, order.manifest, order.release) == (one, SMOL_Q8, 1)
+    dispatch.report(one, Report(holdings=(Holding(artifact_id=ARTIFACT, state="pending", received_bytes=SIZE + 99),)))
+    (target,) = dispatch.targets(one)
+    assert (target.state, target.received_bytes, target.size_bytes) == ("pending", SIZE, SIZE)
+    dispatch.report(one, Report(holdings=(Holding(artifact_id=ARTIFACT, state="in_sync", received_bytes=SIZE),)))
+    assert dispatch.orders(one).fetch == () and not dispatch.push(one, SMOL_Q8)
+
+
+def test_every_board_has_a_state_for_an_artifact(dispatch: Dispatch, boards: list[str], clock: Clock):
+    one, _ = boards
+    dispatch.push(one, SMOL_Q8)
+    shown = {target.device: target.state for target in dispatch.targets(artifact_id=ARTIFACT)}
+    assert shown == {"one": "pending", "two": "registered", "new": "unknown"}
+    clock.now += PENDING_TIMEOUT_S + 1
+    dispatch.expire()
+    (target, *_) = dispatch.targets(artifact_id=ARTIFACT)
+    assert target.state == "error" and target.problem is not None
+    assert dispatch.push(one, SMOL_Q8)  # asked for anew
+    assert dispatch.targets(one)[0].state == "pending"
+
+
+def test_an_expired_order_is_signed_anew(dispatch: Dispatch, boards: list[str], clock: Clock):
+    one = boards[0]
+    dispatch.push(one, SMOL_Q8)
+    clock.now += ORDER_LIFE_S
+    assert dispatch.push(one, SMOL_Q8)
+    order = opened(dispatch.orders(one).fetch[0], FetchOrder, [KEY.public])
+    assert order.sequence == 2 and order.expires_at > clock.now
+
+
+def test_releases_count_within_a_name(dispatch: Dispatch, boards: list[str]):
+    one, two = boards
+    changed = SMOL_Q8.model_copy(update={"licence": "other"})
+    foreign = SMOL_Q8.model_copy(update={"name": "foreign"})
+    for manifest in (SMOL_Q8, changed, foreign):
+        dispatch.push(one, manifest)
+    dispatch.push(two, SMOL_Q8)
+    releases = [opened(e, FetchOrder, [KEY.public]).release for e in dispatch.orders(one).fetch]
+    assert releases == [1, 2, 1]
+    assert opened(dispatch.orders(two).fetch[0], FetchOrder, [KEY.public]).release == 1
+
+
+def test_a_lease_is_renewed_by_reports_and_returns_without_them(dispatch: Dispatch, boards: list[str], clock: Clock):
+    one = boards[0]
+    dispatch.queue(one, spec("a"), SMOL_Q8)
+    assert held(dispatch, one) == "a"
+    for _ in range(5):
+        clock.now += LEASE_S - 1
+        dispatch.report(one, says("a", "running"))
+    assert dispatch.expire() == [] and states(dispatch) == {"a": "leased"}
+    clock.now += LEASE_S + 1
+    assert dispatch.expire() == ["a"] and states(dispatch) == {"a": "queued"}
+    assert dispatch.runs()[0].problem is not None
+    dispatch.report(one, says("a", "running", 3))  # it was only away
+    (run,) = dispatch.runs()
+    assert (run.status, run.items_done, run.problem, run.leases) == ("leased", 3, None, 1)
+
+
+def test_cancelling(dispatch: Dispatch, boards: list[str], clock: Clock):
+    one = boards[0]
+    for run_id in "abc":
+        dispatch.queue(one, spec(run_id), SMOL_Q8)
+    assert held(dispatch, one) == "a"
+    assert dispatch.cancel(["a", "b", "nonsense"]) == 2
+    assert states(dispatch) == {"a": "cancelling", "b": "cancelled", "c": "queued"}
+    orders = dispatch.orders(one)
+    assert orders.cancel == ("a",) and orders.run is None  # nothing new before the old one has ended
+    assert dispatch.report(one, says("a", "running")).cancel == ("a",)
+    dispatch.report(one, says("a", "cancelled"))
+    assert held(dispatch, one) == "c" and dispatch.cancel(["a"]) == 0
+    dispatch.cancel(["c"])
+    clock.now += LEASE_S + 1  # the board never answers
+    dispatch.expire()
+    assert states(dispatch)["c"] == "cancelled"
+    assert dispatch.report(one, says("c", "running")).cancel == (
+        "c",
+    )  # it comes back with the run still in its journal
+
+
+def test_a_record_ends_a_run_whatever_was_said(dispatch: Dispatch, boards: list[str], tmp_path: Path):
+    one = boards[0]
+    dispatch.queue(one, spec("run-1"), SMOL_Q8)
+    dispatch.queue(one, spec("b"), SMOL_Q8)
+    assert held(dispatch, one) == "run-1"
+    records = Records(url(tmp_path))
+    records.put(record_bytes(make_record("run-1")))
+    assert states(dispatch)["run-1"] == "done"
+    dispatch.settle("run-1")
+    dispatch.settle("run-1")
+    assert held(dispatch, one) == "b"
+    dispatch.report(one, says("run-1", "running"))
+    assert states(dispatch)["run-1"] == "done"
+    records.close()
+
+
+def test_a_board_speaks_only_about_what_is_its_own(dispatch: Dispatch, boards: list[str]):
+    one, two = boards
+    dispatch.queue(one, spec("a"), SMOL_Q8)
+    held(dispatch, one)
+    hostile = Problem(code="x", message="\x1b[31mred\n<b>", hint="h")
+    dispatch.report(two, says("a", "done"))
+    dispatch.report(two, Report(holdings=(Holding(artifact_id=ARTIFACT, state="in_sync"),)))
+    assert states(dispatch) == {"a": "leased"} and dispatch.targets(one)[0].state == "pending"
+    assert dispatch.targets(two) == [] and not dispatch.issued(two, ARTIFACT) and dispatch.issued(one, ARTIFACT)
+    dispatch.report(one, Report(holdings=(Holding(artifact_id=ARTIFACT, state="error", problem=hostile),)))
+    problem = dispatch.targets(one)[0].problem
+    assert problem is not None and problem.message == "[31mred <b>"
+
+
+def test_asking_twice_changes_nothing_and_mistakes_are_refused(dispatch: Dispatch, boards: list[str]):
+    one, two = boards
+    dispatch.queue(one, spec("a"), SMOL_Q8)
+    dispatch.queue(one, spec("a"), SMOL_Q8)
+    assert len(dispatch.runs()) == 1
+    for device_id, changed in ((one, spec("a", limit=3)), (two, spec("a"))):
+        with pytest.raises(Conflict):
+            dispatch.queue(device_id, changed, SMOL_Q8)
+    with pytest.raises(BadInput):
+        dispatch.queue(one, spec("x", artifact_id="0" * 64), SMOL_Q8)
+    with pytest.raises(NotFound):
+        dispatch.queue("dev-none", spec("y"), SMOL_Q8)
+    with pytest.raises(Conflict, match="run a needs"):
+        dispatch.forget(one, ARTIFACT)
+    with pytest.raises(NotFound):
+        dispatch.fetch_order(two, ARTIFACT)
+
+
+def test_boards_are_meant_by_name_id_group_or_all(dispatch: Dispatch, boards: list[str]):
+    one, two = boards
+    dispatch.group("lab", [two])
+    assert dispatch.devices("one") == {one: "one"}
+    assert dispatch.devices(f"{one}, lab") == {one: "one", two: "two"}
+    assert dispatch.devices("all") == {one: "one", two: "two"}  # nobody approved the third
+    dispatch.group("lab", [two], member=False)
+    for wrong in ("lab", "new", "nobody"):
+        with pytest.raises(NotFound):
+            dispatch.devices(wrong)
+
+
+def test_many_askers_at_once_get_one_lease(tmp_path: Path, dispatch: Dispatch, boards: list[str]):
+    one = boards[0]
+    for run_id in "abcdef":
+        dispatch.queue(one, spec(run_id), SMOL_Q8)
+    found: list[str | None] = []
+    barrier = threading.Barrier(6)
+
+    def ask() -> None:
+        barrier.wait()
+        found.append(held(dispatch, one))
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["a"] * 6
+
+
+def test_a_sweep_adds_only_what_is_missing(dispatch: Dispatch, boards: list[str]):
+    one, _ = boards
+    subject = Subject(ARTIFACT, SMOL_Q8, {"arc_challenge": PACK, "gsm8k_cot": "c" * 64})
+    wanted = sweep.cells([subject], dispatch.devices("all"))
+    assert len(wanted) == 4
+    assert [sweep.queue(dispatch, "night", wanted, {}) for _ in range(2)] == [4, 0]
+    assert sweep.queue(dispatch, "night", wanted, {"limit": 5}) == 4  # other options are other runs
+    first = held(dispatch, one)
+    assert first is not None
+    dispatch.report(one, says(first, "failed"))
+    assert sweep.queue(dispatch, "night", wanted, {}) == 0
+    assert sweep.queue(dispatch, "night", wanted, {}, retry_failed=True) == 1
+    assert sweep.counts(dispatch.runs("night")) == {"queued": 8}
+    dispatch.cancel([run.run_id for run in dispatch.runs("night")])
+    assert sweep.over(dispatch.runs("night"))
+    assert sweep.queue(dispatch, "night", wanted, {}) == 4
+    assert len({run.run_id for run in dispatch.runs()}) == len(dispatch.runs())
