@@ -34,7 +34,7 @@ _QUEUE = "joulemark_host.queue_cli"
 COMMANDS: dict[str, Command] = {
     "demo": Command(_HOST, "host", "the whole path on this machine: a real model to a heatmap"),
     "eval": Command(_AGENT, "agent", "evaluate a model file or an artifact here, without a host"),
-    "verify": Command(_AGENT, "agent", "compare a result item by item with lm-eval's sample file"),
+    "verify": Command(_AGENT, "agent", "where a result or artifact comes from, offline; or compare with lm-eval"),
     "doctor": Command(_AGENT, "agent", "what this machine has, what it lacks, and what to do about it"),
     "agent": Command(_AGENT, "agent", "serve this board: take models and tasks, run them, report"),
     "export": Command(_EXPORTER, "export", "turn a model into a verified artifact: fold, quantize, write, verify"),
@@ -49,6 +49,7 @@ COMMANDS: dict[str, Command] = {
     "sweep": Command(_QUEUE, "host", "evaluate every model on every task on every board"),
     "runs": Command(_QUEUE, "host", "list or cancel the runs that wait or are going on"),
     "records": Command(_HOST, "host", "list the records that the host has"),
+    "evidence": Command(_FLEET, "host", "a record with all its signatures in one file, for `verify`"),
     "heatmap": Command(_HOST, "host", "draw device × model as HTML and PNG"),
 }
 

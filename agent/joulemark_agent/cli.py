@@ -152,17 +152,28 @@ def evaluate(
 
 @app.command()
 def verify(
-    ours: Annotated[Path, typer.Argument(help="Our samples_*.jsonl, or a folder with one for the same task.")],
-    against: Annotated[Path, typer.Option(help="lm-eval's samples_*.jsonl of the same task.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+    thing: Annotated[
+        Path,
+        typer.Argument(
+            help="Evidence of a result, the folder of an artifact; with --against: our samples_*.jsonl, or a folder with one."
+        ),
+    ],
+    against: Annotated[Path | None, typer.Option(help="lm-eval's samples_*.jsonl of the same task.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Fingerprint of the host whose word counts; `joulemark host init` printed it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
-    """Compare our result with lm-eval's item by item: prompts, log-probabilities, choices, texts, scores.
+    """Check where a result or an artifact comes from, offline; or compare a result with lm-eval's item by item.
 
-    Exit status 1 when they disagree. Example: joulemark verify results --against samples_arc_challenge_2026.jsonl
+    Exit status 1 when something does not hold. Examples: joulemark verify run.evidence.json --host 3f0c…;
+    joulemark verify exported/smollm2-gptq4; joulemark verify results --against samples_arc_challenge_2026.jsonl
     """
-    from joulemark_agent.local_view import show_comparison
+    from joulemark_agent.local_view import show_comparison, show_lineage
 
-    raise typer.Exit(show_comparison(ours, against, as_json))
+    if against is not None:
+        raise typer.Exit(show_comparison(thing, against, as_json))
+    raise typer.Exit(show_lineage(thing, host, as_json))
 
 
 @app.command()

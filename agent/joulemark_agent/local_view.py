@@ -17,11 +17,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from joulemark import lmeval, packs, samples, sources
+from joulemark import artifact, lineage, lmeval, packs, samples, sources, tls
 from joulemark.comparison import Comparison, compare
-from joulemark.errors import BadInput
+from joulemark.errors import BadInput, NotFound
 from joulemark.metrics import METRICS
+from joulemark.plain_text import printable
 from joulemark.wire import Absent, Measure, Metric, RunRecord, RunSpec, RunState
 from joulemark_agent import doctor, local_run
 from joulemark_agent.sysfs import Roots
@@ -188,6 +190,44 @@ def _verdict_lines(record: RunRecord) -> Iterator[str]:
 
 
 # --- verify -----------------------------------------------------------------------------------------------------------
+def show_lineage(thing: Path, fingerprint: str | None, as_json: bool) -> int:
+    """Prints the chain of an evidence file or of an artifact's folder after checking it; the exit status."""
+    if thing.is_dir():
+        manifest = artifact.verify(thing)
+        links, record = lineage.origin_links(manifest), None
+    else:
+        if not thing.is_file():
+            raise NotFound(f"there is nothing at {thing}", "give an evidence file or the folder of an artifact")
+        if thing.stat().st_size > lineage.MAX_EVIDENCE_BYTES:
+            raise BadInput(f"{thing} is too large for evidence", "is this the file that `joulemark evidence` wrote?")
+        evidence = lineage.read_evidence(thing.read_bytes())
+        if fingerprint is None:
+            found = tls.fingerprint(evidence.host.authority_pem, evidence.host.signing_key)
+            raise BadInput(
+                f"the evidence says it is by the host {found}",
+                "compare that with what `joulemark host init` printed there, then say --host and the fingerprint",
+            )
+        links, record = lineage.check(evidence, fingerprint)
+    if as_json:
+        found = {"links": [vars(link) for link in links]}
+        found |= {"run_id": record.spec.run_id, "verdict": record.verdict.model_dump()} if record is not None else {}
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        return 0
+    table = Table(header_style="bold")
+    for column in ("what", "sha256", "who says so"):
+        table.add_column(column, overflow="fold")
+    for link in links:
+        table.add_row(Text(printable(link.name)), Text(link.sha256[:16]), Text(printable(link.said_by)))
+    console = Console()
+    console.print(table)
+    console.print(
+        "✓ every signature and digest holds" if record is not None else "✓ every file is what the manifest says"
+    )
+    if record is not None and not record.verdict.valid:
+        console.print(f"the run itself is INVALID: {'; '.join(record.verdict.reasons)}", markup=False)
+    return 0
+
+
 def show_comparison(ours: Path, against: Path, as_json: bool) -> int:
     """The whole of `joulemark verify`. Returns 0 when the two agree (identical or equivalent)."""
     theirs = samples.read_samples(against)

@@ -19,11 +19,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, RowMapping
 
 from joulemark.errors import BadInput, Conflict, NotFound
+from joulemark.plain_text import printable
 from joulemark.protocol import Holding, Orders, Report, ReportAnswer, TargetState
 from joulemark.signing import SigningKey
 from joulemark.statements import FetchOrder, RunOrder, read_envelope, write_envelope
 from joulemark.wire import Manifest, Problem, RunSpec, RunState, content_id
-from joulemark_host.facts import printable
 from joulemark_host.fleet_tables import DEVICES, GROUPS, HOLDINGS, RELEASES, RUNS
 from joulemark_host.tables import RECORDS, open_database, transaction
 
@@ -195,6 +195,14 @@ class Dispatch:
             if row["status"] not in ("queued", "leased"):
                 raise Conflict(f"run {run_id} is {row['status']}", "queue another one")
             envelope = row["envelope"] if row["status"] == "leased" else self._lease(connection, row)
+        return str(envelope).encode()
+
+    def ordered(self, run_id: str) -> bytes:
+        """The order under which a run was made. Raises NotFound."""
+        with transaction(self._engine) as connection:
+            envelope = connection.execute(sa.select(RUNS.c.envelope).where(RUNS.c.run_id == run_id)).scalar()
+        if envelope is None:
+            raise NotFound(f"run {run_id!r} was not ordered here", "`joulemark runs --all` lists those that were")
         return str(envelope).encode()
 
     def cancel(self, run_ids: Collection[str]) -> int:

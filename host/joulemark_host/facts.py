@@ -7,11 +7,11 @@ Conditions are text because they are only compared and shown; times are in secon
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from joulemark.metrics import METRICS
+from joulemark.plain_text import printable
 from joulemark.wire import Absent, Measure, Metric, Problem, RunRecord
 
 FACTS_VERSION = 2
@@ -44,15 +44,6 @@ class RunFacts:
     metrics: Mapping[str, Metric]
     sequence: int = 0
     received_at: float | None = None
-
-
-def printable(text: str) -> str:
-    """`text` without control and format characters (terminal escapes, NUL, bidi); white space becomes a space."""
-    return "".join(
-        " " if character.isspace() else character
-        for character in text
-        if character.isspace() or not unicodedata.category(character).startswith("C")
-    ).strip()
 
 
 def facts_of(record: RunRecord) -> RunFacts:

@@ -24,6 +24,7 @@ from joulemark_host.options import (
     database_url,
     hand_down,
     identity_folder,
+    open_dispatch,
     open_records,
     open_registry,
     open_shelf,
@@ -235,6 +236,37 @@ def events(
         sys.stdout.write(json.dumps([event.__dict__ for event in happened], indent=2) + "\n")
         return
     terminal().print(events_table(happened), markup=False)
+
+
+@app.command()
+def evidence(
+    run_id: Annotated[str, typer.Argument(help="The run whose record is to be shown to others.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File; default: RUN.evidence.json.")] = None,
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+) -> None:
+    """Put a record and every signature that it rests on into one file, which `joulemark verify` checks offline.
+
+    Example: joulemark evidence night-arc-0123456789 -o result.evidence.json
+    """
+    from joulemark_host import identity
+    from joulemark_host.evidence import collect
+
+    records, registry, dispatch = (
+        open_records(data, database),
+        open_registry(data, database),
+        open_dispatch(data, database),
+    )
+    try:
+        who = identity.read(identity_folder(data))
+        found = collect(who, registry, dispatch, records, run_id)
+    finally:
+        for opened in (records, registry, dispatch):
+            opened.close()
+    path = out or Path(f"{run_id}.evidence.json")
+    replace_file(path, [found.model_dump_json(by_alias=True).encode()])
+    console = terminal()
+    console.print(f"✓ {path}\n  joulemark verify {path} --host {who.fingerprint}", markup=False, highlight=False)
 
 
 def _decide(data: Path, database: str | None, name: str, what: Literal["approve", "revoke"], done: str) -> None:

@@ -21,10 +21,10 @@ from sqlalchemy.engine import Connection, RowMapping
 from joulemark import credentials, signing
 from joulemark.credentials import Credential, EnrolmentKey
 from joulemark.errors import BadInput, Conflict, Forbidden, NotAuthenticated, NotFound, Untrusted
+from joulemark.plain_text import printable
 from joulemark.protocol import Admission, DeviceRow, EnrolmentRequest, SessionRequest
 from joulemark.statements import EnrolmentStatement, PublicKey
 from joulemark.wire import DeviceFacts
-from joulemark_host.facts import printable
 from joulemark_host.fleet_tables import CREDENTIALS, DEVICES, ENROLMENT_KEYS, EVENTS, SESSIONS
 from joulemark_host.tables import open_database, transaction
 

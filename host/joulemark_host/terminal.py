@@ -15,11 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from joulemark.metrics import METRICS
+from joulemark.plain_text import printable
 from joulemark.protocol import DeviceRow
 from joulemark.wire import Absent, Measure, Metric
 from joulemark_host.compare import artifact_label
 from joulemark_host.dispatch import QueuedRun, Target
-from joulemark_host.facts import RunFacts, printable
+from joulemark_host.facts import RunFacts
 from joulemark_host.readable import amount, interval, unit_for
 from joulemark_host.registry import Event
 

@@ -91,6 +91,23 @@ def test_who_vouches_for_a_record(host: HostProcess, board: AgentProcess, tmp_pa
         [host.identity.key.public],
     )
     assert order.manifest == subject.manifest
+    path = tmp_path / "only.evidence.json"
+    assert joulemark(host, "evidence", "only", "-o", str(path)).returncode == 0
+    command = [sys.executable, "-m", "joulemark", "verify", str(path)]
+    fingerprint = host.identity.fingerprint
+    for options, status_, says in (
+        (["--host", fingerprint], 0, "every signature and digest holds"),
+        ([], 1, fingerprint),
+        (["--host", "0" * 64], 1, "by the host"),
+    ):
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        assert done.returncode == status_ and says in " ".join((done.stdout + done.stderr).split()), done.stderr
+    links = subprocess.run([*command, "--host", fingerprint, "--json"], capture_output=True, text=True, check=False)
+    assert links.returncode == 0 and "record of only" in links.stdout
+    altered = path.read_text().replace('\\"attempts\\":1', '\\"attempts\\":2')
+    assert altered != path.read_text()
+    path.write_text(altered)
+    assert subprocess.run([*command, "--host", fingerprint], capture_output=True, check=False).returncode == 1
 
 
 def test_the_host_refuses_what_it_did_not_issue_and_what_is_not_signed(

@@ -9,12 +9,12 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
+from joulemark.lineage import check_record, envelope_of
 from joulemark.protocol import SIGNATURE_HEADER
 from joulemark.statements import write_envelope
 from joulemark_host.access import Access
 from joulemark_host.dispatch import Dispatch
 from joulemark_host.intake import spool
-from joulemark_host.lineage import check_record, envelope_of
 from joulemark_host.records import Origin, Records
 from joulemark_host.registry import Caller
 
