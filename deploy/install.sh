@@ -17,6 +17,7 @@ source=$(dirname -- "$here")
 # The system's own: one in a home folder (pyenv, conda) is out of the service's reach.
 python=/usr/bin/python3
 host_url=
+key_file=
 listen=
 device=
 
@@ -36,7 +37,8 @@ usage: deploy/install.sh [options]
   --purge            with --uninstall: remove data, options and the user too
   --wheel FILE       install this joulemark wheel instead of the checkout beside this script
   --python PROGRAM   the Python to use, 3.10 or newer, outside home folders (default: /usr/bin/python3)
-  --host-url URL     the host that records go to, for example http://192.168.1.10:8080
+  --host-url URL     the host to enrol at, for example https://192.168.1.10:8443
+  --enrol-key-file FILE  the one-time key that `joulemark host token` printed there; it is used, and removed, at the first start
   --listen ADDRESS   address and port to serve on (default: 127.0.0.1:8090)
   --name NAME        what people call this board (default: its host name)
   --no-engine        leave the llama.cpp engine out (no C++ compiler needed)
@@ -70,7 +72,7 @@ need_value() {
     if [ $# -lt 2 ] || [ -z "$2" ]; then fail "$1 needs a value" "see --help"; fi
     # The agent's options end up on one line of a systemd environment file, where these characters cannot be kept apart.
     case $1:$2 in
-        --wheel:* | --python:*) ;;
+        --wheel:* | --python:* | --enrol-key-file:*) ;;
         *[[:space:]\'\"\\\$]*) fail "$1: $2 has a space, a quote, a backslash or a dollar sign" "use a value without them" ;;
     esac
 }
@@ -86,6 +88,7 @@ read_options() {
             --help | -h) usage && exit 0 ;;
             --wheel) need_value "$@" && source=$2 && shift ;;
             --python) need_value "$@" && python=$2 && shift ;;
+            --enrol-key-file) need_value "$@" && key_file=$2 && shift ;;
             --host-url) need_value "$@" && host_url=$2 && shift ;;
             --listen) need_value "$@" && listen=$2 && shift ;;
             --name) need_value "$@" && device=$2 && shift ;;
@@ -123,6 +126,10 @@ check_for_install() {
         *.whl) [ -f "$source" ] || fail "$source does not exist" "give the path of a joulemark wheel" ;;
         *) [ -f "$source/pyproject.toml" ] || fail "$source is no wheel and no checkout" "give a wheel with --wheel FILE.whl" ;;
     esac
+    if [ -n "$key_file" ]; then
+        [ -f "$key_file" ] || fail "$key_file does not exist" "joulemark host token --out FILE on the host writes one"
+        [ -n "$host_url" ] || fail "--enrol-key-file needs --host-url" "say where the host is: --host-url https://WORKSTATION:8443"
+    fi
     if [ -d "$program" ] && [ ! -e "$program/pyvenv.cfg" ] && [ -n "$(ls -A "$program")" ]; then
         fail "$program is there and is no virtual environment" "move it away: this script would overwrite it"
     fi
@@ -152,11 +159,13 @@ install_program() {
 
 install_data_folder() {
     run install -d -m 0700 -o "$user" -g "$user" "$data"
+    if [ -n "$key_file" ]; then run install -m 0600 -o "$user" -g "$user" "$key_file" "$data/enrol.key"; fi
 }
 
 install_options() {
     line=
     if [ -n "$host_url" ]; then line="$line --host-url $host_url"; fi
+    if [ -n "$key_file" ]; then line="$line --enrol-key-file $data/enrol.key"; fi
     if [ -n "$listen" ]; then line="$line --listen $listen"; fi
     if [ -n "$device" ]; then line="$line --name $device"; fi
     if [ -e "$options" ] && [ -z "$line" ]; then

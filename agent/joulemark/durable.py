@@ -6,10 +6,13 @@ Owns that order, as ext4 and f2fs need it, and nothing else; it is not aware of 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 def replace_file(path: Path, pieces: Iterable[bytes], mode: int = 0o644) -> None:
@@ -26,6 +29,17 @@ def replace_file(path: Path, pieces: Iterable[bytes], mode: int = 0o644) -> None
     finally:
         Path(temporary).unlink(missing_ok=True)
     synchronise_folder(path.parent)
+
+
+def begin_to_store(descriptor: int) -> None:
+    """Has the kernel begin to write out what is in an open file, without waiting, where it can (Linux: sync_file_range(2)).
+
+    Nothing is durable by this: the fsync at the end is, and then has little left to do. Without it, that took a sixth of the time of a
+    transfer on loopback.
+    """
+    start = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if start is not None:
+        start(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
 
 
 def synchronise_folder(folder: Path) -> None:

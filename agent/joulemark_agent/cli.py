@@ -43,6 +43,10 @@ def agent(
     replay: Annotated[
         Path | None, typer.Option(help="Play this recorded trace back as a meter (for trials; results say so).")
     ] = None,
+    limit_rate: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Fetch artifacts at so many MB/s at most, to leave the network to others."),
+    ] = None,
     open_to_all: Annotated[
         bool,
         typer.Option("--open", help="For a trial: let everybody on this machine in, on loopback, with nothing signed."),
@@ -60,6 +64,7 @@ def agent(
         name=name or platform.node() or "board",
         host_url=host_url,
         open_to_all=open_to_all,
+        limit_rate=limit_rate * 1e6 if limit_rate is not None else None,
         key_file=enrol_key_file.expanduser() if enrol_key_file is not None else None,
         profile=profile,
         replay=replay,
@@ -84,6 +89,7 @@ def enrol(
     """
     from joulemark_agent import identity
     from joulemark_agent.server import enrol as enrol_here
+    from joulemark_agent.server import read_key_file
     from joulemark_agent.settings import Settings
 
     who = identity.load(data.expanduser() / "identity")
@@ -95,7 +101,7 @@ def enrol(
             )
         identity.leave(who)
         who = identity.load(who.folder)
-    key = key_file.expanduser().read_text("utf-8") if key_file is not None else getpass.getpass("one-time key: ")
+    key = read_key_file(key_file.expanduser()) if key_file is not None else getpass.getpass("one-time key: ")
     settings = Settings(data=data.expanduser(), name=name or platform.node() or "board", profile=profile)
     enrolled = enrol_here(settings, who, host_url, key)
     assert enrolled.membership is not None

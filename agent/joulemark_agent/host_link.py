@@ -6,6 +6,7 @@ No redirect is followed and no proxy of the environment used: a request goes to 
 
 from __future__ import annotations
 
+import http.client
 import ipaddress
 import ssl
 from dataclasses import dataclass, field
@@ -35,18 +36,35 @@ class HostLink:
     def client(self, timeout_s: float = 30.0, transport: httpx.BaseTransport | None = None) -> httpx.Client:
         """A client for the host; `timeout_s` bounds each wait for the other side, not a whole transfer.
         `transport` replaces the network in tests."""
-        headers: dict[str, str] = {}
-        if self.credential is not None:
-            headers = {"Authorization": f"Bearer {self.credential}", INSTANCE_HEADER: self.instance_id}
         return httpx.Client(
             base_url=self.url,
-            headers=headers,
+            headers=self.headers,
             timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
             verify=self._context if self.authority_pem is not None else True,
             follow_redirects=False,
             trust_env=False,
             transport=transport,
         )
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What every request shows."""
+        if self.credential is None:
+            return {}
+        return {"Authorization": f"Bearer {self.credential}", INSTANCE_HEADER: self.instance_id}
+
+    @property
+    def path(self) -> str:
+        """What stands before every path, for a host behind another server; mostly empty."""
+        return httpx.URL(self.url).path.rstrip("/")
+
+    def bulk(self, timeout_s: float = 30.0) -> http.client.HTTPConnection:
+        """A connection of the standard library for large bodies, with the same trust as `client`."""
+        url = httpx.URL(self.url)
+        if url.scheme == "http":
+            return http.client.HTTPConnection(url.host, url.port or 80, timeout=timeout_s)
+        context = self._context if self.authority_pem is not None else None
+        return http.client.HTTPSConnection(url.host, url.port or 443, timeout=timeout_s, context=context)
 
     def pack(self, pack_id: Sha256) -> bytes:
         """A task pack's bytes, unchecked. Raises NotFound, Unavailable, BadInput for one that is too large."""

@@ -12,11 +12,12 @@ import os
 import threading
 from pathlib import Path
 
-from joulemark.durable import synchronise_folder
+from joulemark.durable import begin_to_store, synchronise_folder
 from joulemark.errors import BadInput, Conflict, DigestMismatch
 from joulemark_agent.refusals import storage_errors
 
 _CHUNK_BYTES = 1 << 20
+_STORE_EVERY_BYTES = 8 << 20
 
 
 class IncomingFile:
@@ -39,7 +40,7 @@ class IncomingFile:
         except FileNotFoundError:
             return 0
 
-    def append(self, offset: int, chunk: bytes) -> int:
+    def append(self, offset: int, chunk: bytes | memoryview) -> int:
         """Writes `chunk` at `offset` and returns the new offset.
 
         Raises Conflict when the file does not end at `offset`, BadInput when it would grow over its announced size,
@@ -110,12 +111,14 @@ class IncomingFile:
                 done += len(piece)
         self._hasher, self._hashed = hasher, done
 
-    def _write(self, here: int, chunk: bytes) -> None:
+    def _write(self, here: int, chunk: bytes | memoryview) -> None:
         with self._path.open("ab", buffering=0) as file:
             try:
                 written = 0
                 while written < len(chunk):
                     written += file.write(memoryview(chunk)[written:]) or 0
+                if (here + len(chunk)) // _STORE_EVERY_BYTES > here // _STORE_EVERY_BYTES:
+                    begin_to_store(file.fileno())
             except OSError:
                 os.ftruncate(file.fileno(), here)
                 raise

@@ -197,6 +197,7 @@ class OrderBook:
             raise Conflict(f"a run needs artifact {artifact_id[:12]}…", "it is removed when the run is over")
         with self._lock:
             self._holdings.pop(artifact_id, None)
+        self._puller.cancel(artifact_id)
         with contextlib.suppress(NotFound):
             self._store.delete(artifact_id)
 

@@ -13,10 +13,11 @@ import socket
 import ssl
 import sys
 import time
+from pathlib import Path
 
 import uvicorn
 
-from joulemark.errors import BadInput, Conflict, DigestMismatch, Unavailable
+from joulemark.errors import BadInput, Conflict, DigestMismatch, NotFound, Unavailable
 from joulemark.protocol import SessionRequest
 from joulemark.statements import Envelope, RecordStatement
 from joulemark.wire import Absent, DeviceFacts, Manifest
@@ -43,6 +44,7 @@ CONNECTION_LIMIT = 128
 SETTLE_S = 10.0
 FIRST_WAIT_S = 2.0
 LONGEST_WAIT_S = 300.0
+KEY_FILE_BYTES = 4096
 
 
 def serve(settings: Settings, listen: str) -> None:
@@ -84,6 +86,19 @@ def enrol(settings: Settings, who: Identity, url: str, key: str) -> Identity:
     return enrolment.enrol(who, url, key, settings.name, hardware.digest(settings.roots, who.key.public), facts)
 
 
+def read_key_file(path: Path) -> str:
+    """The text of a one-time key in a file. Raises NotFound, BadInput."""
+    try:
+        with path.open("rb") as file:
+            return file.read(KEY_FILE_BYTES).decode("utf-8")
+    except FileNotFoundError as error:
+        raise NotFound(
+            f"there is no enrolment key in {path}", "`joulemark host token --out FILE` writes one"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} holds no enrolment key", "`joulemark host token --out FILE` writes one") from error
+
+
 def _enrolled(settings: Settings, who: Identity) -> Identity:
     """Enrols with the key file of a flashed card, as soon as the host answers; the key is removed once it was used."""
     if settings.key_file is None:
@@ -93,7 +108,7 @@ def _enrolled(settings: Settings, who: Identity) -> Identity:
         if settings.host_url is None:
             raise BadInput("an enrolment key was given, but no host", "say --host-url too")
         try:
-            who = enrol(settings, who, settings.host_url, settings.key_file.read_text("utf-8"))
+            who = enrol(settings, who, settings.host_url, read_key_file(settings.key_file))
         except Unavailable as error:
             log.warning("%s; next try in %.0f s", error.message, wait_s)
             time.sleep(wait_s)
@@ -179,7 +194,7 @@ def assemble(settings: Settings, who: Identity) -> Services:
         return who.key.sign(RecordStatement(device_id=who.device_id, run_id=run_id, record_sha256=digest))
 
     sender = outbox.sender(link, paused=silent, vouch=vouch)
-    puller = Puller(store, link, paused=silent)
+    puller = Puller(store, link, silent, settings.limit_rate)
     ledger, book, session = None, None, None
     if link is not None and who.membership is not None:
         ledger = Ledger(settings.data / "ledger.sqlite", time.monotonic)

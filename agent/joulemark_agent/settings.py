@@ -20,6 +20,8 @@ class Settings:
     """A trial on loopback: everybody on this machine may use the agent, and nothing has to be signed."""
     key_file: Path | None = None
     """A one-time enrolment key that is used, and removed, at the first start."""
+    limit_rate: float | None = None
+    """Bytes per second at which artifacts are fetched at most."""
     profile: str | None = None
     roots: Roots = field(default_factory=Roots)
     replay: Path | None = None

@@ -163,7 +163,7 @@ class Store:
         """Bytes of an announced file that are here: where to go on. Raises NotFound for one that nobody announced."""
         return self._received(self._entry(sha256))
 
-    def append(self, sha256: str, offset: int, chunk: bytes) -> int:
+    def append(self, sha256: str, offset: int, chunk: bytes | memoryview) -> int:
         """Adds a piece of an announced file and returns the new offset.
 
         Raises Conflict when the file does not end at `offset` here (nothing is changed), BadInput when it would grow
@@ -204,7 +204,7 @@ class Store:
         self.finish(sha256)
         return True
 
-    def pull(self, artifact_id: str, fetch: Callable[[str, int], Iterator[bytes]]) -> None:
+    def pull(self, artifact_id: str, fetch: Callable[[str, int], Iterator[bytes | memoryview]]) -> None:
         """Gets the missing files of an announced artifact: `fetch(sha256, offset)` gives the bytes from there on.
 
         What `fetch` raises passes through, and the next pull goes on from there. Raises Unavailable when the bytes end

@@ -29,7 +29,7 @@ from joulemark_agent.backends.llamacpp import LlamaSession
 from joulemark_agent.machine import cpu_model, usable_cores
 from joulemark_agent.planning import common_prefix
 from joulemark_agent.sysfs import Roots
-from tests.bench import engines, exports
+from tests.bench import engines, exports, transfers
 from tests.bench.loops import Batched, Prefill, Stream, counted
 from tests.bench.pairs import Figure, Pairs, take_turns
 from tests.fixtures.agent_process import AgentProcess
@@ -268,6 +268,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "stream": measure_stream,
     "sampler": measure_sampler,
     "engines": measure_engines,
+    "push": lambda _: transfers.measure_push(say),
     "large": lambda _: exports.measure_large(say),
     "gptq": lambda _: exports.measure_gptq(say),
     "methods": lambda _: exports.measure_methods(say),

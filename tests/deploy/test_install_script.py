@@ -38,16 +38,31 @@ def dry_run(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_dry_run_says_everything_and_does_nothing() -> None:
-    done = dry_run("--host-url", "http://192.0.2.1:8080", "--listen", "127.0.0.1:8091")
+    done = dry_run("--host-url", "https://192.0.2.1:8443", "--listen", "127.0.0.1:8091")
     assert done.returncode == 0, done.stderr
     steps = done.stdout.splitlines()
     assert any("-m venv /opt/joulemark" in step for step in steps) or Path("/opt/joulemark").exists()
     engine = next(index for index, step in enumerate(steps) if "build_engine.py" in step)
     package = next(index for index, step in enumerate(steps) if step.endswith("[agent,llama]"))
     assert engine < package  # else pip would build the engine its own long way
-    assert any("--host-url http://192.0.2.1:8080 --listen 127.0.0.1:8091" in step for step in steps)
+    assert any("--host-url https://192.0.2.1:8443 --listen 127.0.0.1:8091" in step for step in steps)
     assert any(step.endswith("/etc/udev/rules.d/99-joulemark-powercap.rules") for step in steps)
     assert not [step for step in steps if not step.startswith(("would ", "kept:", "systemd does not run"))]
+
+
+def test_a_key_goes_into_the_data_folder_for_the_service_alone(tmp_path: Path) -> None:
+    key = tmp_path / "board.key"
+    key.write_text("jme.0011223344556677.secret")
+    done = dry_run("--host-url", "https://192.0.2.1:8443", "--enrol-key-file", str(key))
+    assert done.returncode == 0, done.stderr
+    assert f"install -m 0600 -o joulemark -g joulemark {key} /var/lib/joulemark/enrol.key" in done.stdout
+    assert "--enrol-key-file /var/lib/joulemark/enrol.key" in done.stdout and "jme." not in done.stdout
+    for wrong, says in (
+        (["--enrol-key-file", str(key)], "--host-url"),
+        (["--host-url", "https://192.0.2.1:8443", "--enrol-key-file", str(tmp_path / "none")], "host token"),
+    ):
+        refused = install("--dry-run", *interpreter(), *wrong)
+        assert refused.returncode != 0 and (says in refused.stderr or "apt-get" in refused.stderr)
 
 
 def test_without_the_engine_nothing_is_compiled() -> None:

@@ -36,6 +36,9 @@ class FakePuller:
     def start(self, artifact_id: str) -> None:
         self.started.append(artifact_id)
 
+    def cancel(self, artifact_id: str) -> None:
+        self.problems.pop(artifact_id, None)
+
     def active(self, _: str) -> bool:
         return False
 
