@@ -96,7 +96,7 @@ class OrderBook:
             for artifact_id, next_s in self._holdings.items():
                 due = self._clock() >= next_s and artifact_id not in self._given_up
                 if due and not self._puller.active(artifact_id) and not self._complete(artifact_id):
-                    self._puller.start(artifact_id)
+                    self._try(lambda artifact_id=artifact_id: self._puller.start(artifact_id))
                     self._holdings[artifact_id] = self._clock() + TRY_AGAIN_S
             spec = self._waiting
         if spec is not None and self._complete(spec.artifact_id):
@@ -104,8 +104,10 @@ class OrderBook:
 
     def report(self) -> Report | None:
         """What has changed since the last report that arrived; None when nothing has. `told` says that it has arrived."""
-        holdings = tuple(self._holding(artifact_id) for artifact_id in tuple(self._holdings))
-        states = tuple(self._state(run_id) for run_id in tuple(self._runs))
+        with self._lock:
+            artifact_ids, run_ids = tuple(self._holdings), tuple(self._runs)
+        holdings = tuple(self._holding(artifact_id) for artifact_id in artifact_ids)
+        states = tuple(self._state(run_id) for run_id in run_ids)
         with self._lock:
             news = Report(
                 holdings=tuple(h for h in holdings if self._told.get(h.artifact_id) != h),
@@ -113,12 +115,6 @@ class OrderBook:
                 refused=tuple(self._refused),
             )
         return news if news.holdings or news.runs or news.refused else None
-
-    def renewal(self) -> Report:
-        """The state of the run that is going on, whether it has changed or not: it keeps the lease."""
-        return Report(
-            runs=tuple(s for s in (self._state(run_id) for run_id in tuple(self._runs)) if s.status not in ENDED)
-        )
 
     def told(self, report: Report) -> None:
         """This report has arrived."""
@@ -129,9 +125,13 @@ class OrderBook:
             for state in report.runs:
                 if state.status in ENDED:
                     self._runs.discard(state.run_id)
+                    self._impossible.pop(state.run_id, None)
+                    del self._told[state.run_id]
             for holding in report.holdings:
                 if holding.state != "pending":
                     self._holdings.pop(holding.artifact_id, None)
+                    self._given_up.pop(holding.artifact_id, None)
+                    del self._told[holding.artifact_id]
 
     def forget_told(self) -> None:
         """A new session: the host may have lost what it was told."""

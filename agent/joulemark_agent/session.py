@@ -19,7 +19,7 @@ from typing import TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from joulemark.errors import JoulemarkError, Unavailable
+from joulemark.errors import JoulemarkError, Unavailable, to_problem
 from joulemark.protocol import Admission, Orders, Report, ReportAnswer, SessionAnswer, SessionRequest
 from joulemark.wire import RunSpec, RunState
 from joulemark_agent.host_link import HostLink, bounded, error_of
@@ -94,14 +94,16 @@ class Session:
         while not self._stopping.is_set():
             try:
                 wait_s = step()
-            except JoulemarkError as error:
+            except (JoulemarkError, OSError) as error:
                 if self._stopping.is_set():
                     return
                 wait_s = self._failed(error)
             self._stopping.wait(wait_s)
 
     def _orders_step(self) -> float:
-        if self._current() is not None:
+        running = self._current()
+        # Also in the middle of a run that an earlier start began: else nobody would renew its lease.
+        if running is not None and (self._admission == "approved" or _is_quiet(running[1])):
             return LOOK_EVERY_S
         if self._admission != "approved":
             return self._open()
@@ -124,9 +126,9 @@ class Session:
             report = self._book.report()
         else:
             spec, state = running
-            if state.phase in QUIET_PHASES or state.phase is None or now - self._reported_s < spec.report_every_s:
+            if _is_quiet(state) or now - self._reported_s < spec.report_every_s:
                 return LOOK_EVERY_S
-            report = self._book.renewal()
+            report = Report(runs=(state,))
         if report is not None:
             self._say(report)
         return LOOK_EVERY_S
@@ -163,15 +165,17 @@ class Session:
                 f"the host cannot be reached: {str(error) or type(error).__name__}", "it is tried again"
             ) from error
         if not response.is_success:
-            raise error_of(answer, response.status_code)
+            error = error_of(answer, response.status_code)
+            if not isinstance(error, Unavailable):  # the host answers, and refuses: begin again with a session
+                self._admission = None
+            raise error
         return answer if response.status_code != 204 else None
 
-    def _failed(self, error: JoulemarkError) -> float:
+    def _failed(self, error: JoulemarkError | OSError) -> float:
         """Tells people, and how long to wait: longer every time, and not all boards at the same moment."""
         self._failures += 1
-        if not isinstance(error, Unavailable):  # the host answers, and refuses: begin again with a session
-            self._admission = None
-        self._tell(f"the host does not let this board take part: {error.message}; {error.hint}")
+        problem = to_problem(error)
+        self._tell(f"this board does not take part just now: {problem.message}; {problem.hint}")
         longest = min(FIRST_DELAY_S * 2 ** min(self._failures, 12), LONGEST_DELAY_S)
         return longest * random.uniform(0.5, 1.0)
 
@@ -179,6 +183,11 @@ class Session:
         if trouble != self._trouble:
             log.info("%s", trouble or "the host lets this board take part")
         self._trouble = trouble
+
+
+def _is_quiet(state: RunState) -> bool:
+    """Whether the run is at something that nothing must disturb."""
+    return state.phase is None or state.phase in QUIET_PHASES
 
 
 def _parsed(model: type[Parsed], answer: bytes) -> Parsed:
