@@ -17,7 +17,7 @@ from joulemark.wire import Manifest, RunSpec, RunState
 from joulemark_host.client import AgentClient
 from joulemark_host.dispatch import Dispatch, new_run_id
 from joulemark_host.shelf import Shelf
-from joulemark_host.terminal import bar
+from joulemark_host.terminal import transfer_bar
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ def push(
         device_id = client.device().device_id
         dispatch.push(device_id, subject.manifest, downgrade)
         order = dispatch.fetch_order(device_id, subject.artifact_id)
-    with bar(console, f"push {subject.manifest.name} {subject.manifest.quantization} to {client.url}") as progress:
+    with transfer_bar(
+        console, f"push {subject.manifest.name} {subject.manifest.quantization} to {client.url}"
+    ) as progress:
         missing = client.push_artifact(subject.artifact_id, subject.manifest, shelf.file, progress, order)
         for pack_id in subject.packs.values():
             client.push_pack(pack_id, shelf.pack_bytes(pack_id))

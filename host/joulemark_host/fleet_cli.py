@@ -151,6 +151,33 @@ def token(
     terminal(quiet=True).print(f"it works once, for {hours:g} h; {where}", markup=False, highlight=False)
 
 
+@host_app.command()
+def people(
+    revoke: Annotated[str | None, typer.Option(help="End this person's credentials.")] = None,
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the people who may look (viewer) or decide (operator), or end somebody's credentials.
+
+    Example: joulemark host people --revoke ann
+    """
+    registry, console = open_registry(data, database), terminal()
+    try:
+        if revoke is not None:
+            registry.revoke_person(revoke, _me())
+        known = registry.people()
+    finally:
+        registry.close()
+    if as_json:
+        sys.stdout.write(json.dumps([vars(person) for person in known], indent=2) + "\n")
+        return
+    for person in known:
+        console.print(f"{person.name}  {person.role}", markup=False, highlight=False)
+    if not known:
+        console.print("nobody yet: `joulemark host token --role viewer` lets one in", markup=False)
+
+
 @devices_app.callback()
 def devices(
     context: typer.Context,

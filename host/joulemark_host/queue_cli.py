@@ -208,10 +208,10 @@ def watch_runs(console: Any, look: Callable[[], list[QueuedRun]]) -> list[Queued
 
 def _watch_targets(console: Any, look: Callable[[], list[Target]]) -> list[Target]:
     from joulemark_host.dispatch import progress
-    from joulemark_host.terminal import bar
+    from joulemark_host.terminal import transfer_bar
 
     targets = look()
-    with bar(console, f"push to {len(targets)} boards") as show:
+    with transfer_bar(console, f"push to {len(targets)} board{'s' if len(targets) != 1 else ''}") as show:
         while any(target.state == "pending" for target in targets):
             show(*progress(targets))
             time.sleep(LOOK_EVERY_S)

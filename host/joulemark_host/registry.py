@@ -47,6 +47,15 @@ class Caller:
 
 
 @dataclass(frozen=True)
+class Person:
+    """Somebody with a credential that is valid."""
+
+    name: str
+    role: Role
+    issued_at: float
+
+
+@dataclass(frozen=True)
 class Event:
     """Something that happened to the fleet."""
 
@@ -122,10 +131,29 @@ class Registry:
         new = Credential(credentials.new_id(), credentials.new_secret())
         with self._alarms(key.id, name), self._change() as connection:
             row = self._usable_key(connection, key.id, key.secret, "person", name)
+            taken = sa.select(CREDENTIALS.c.id).where(_valid_person(), CREDENTIALS.c.subject == name)
+            if connection.execute(taken).first() is not None:
+                raise Conflict(
+                    f"somebody is known here as {name!r}", "choose another name, such as one for this browser"
+                )
             self._burn(connection, row, name)
             self._replace_credential(connection, new, row["role"], name)
             self._note(connection, name, "signed in", name, f"as {row['role']}")
         return new, row["role"]
+
+    def people(self) -> list[Person]:
+        """Who may look or decide, by name."""
+        query = sa.select(CREDENTIALS).where(_valid_person()).order_by(CREDENTIALS.c.subject, CREDENTIALS.c.issued_at)
+        with self._look() as connection:
+            return [Person(row.subject, row.role, row.issued_at) for row in connection.execute(query)]
+
+    def revoke_person(self, name: str, who: str) -> None:
+        """Ends a person's credentials. Raises NotFound."""
+        with self._change() as connection:
+            mine = sa.and_(_valid_person(), CREDENTIALS.c.subject == name)
+            if connection.execute(sa.update(CREDENTIALS).where(mine).values(revoked_at=self._clock())).rowcount == 0:
+                raise NotFound(f"nobody is known here as {name[:80]!r}", "`joulemark host people` lists them")
+            self._note(connection, who, "revoked", name, "a person's credential")
 
     def issue_credential(self, role: Role, name: str, who: str) -> Credential:
         """A person's credential without a one-time key: for whoever sits at the host."""
@@ -302,7 +330,11 @@ class Registry:
             values |= {"admission": "approved" if approved else "pending", "approved_at": now if approved else None}
             connection.execute(sa.insert(DEVICES).values(**values))
         else:
-            connection.execute(sa.update(DEVICES).where(DEVICES.c.device_id == said.device_id).values(**values))
+            mine = DEVICES.c.device_id == said.device_id
+            connection.execute(sa.update(DEVICES).where(mine).values(**values))
+            if approved:  # whoever gave this key to the board has decided, also about one that was stopped as a copy
+                decided = {"admission": "approved", "approved_at": now, "problem": None}
+                connection.execute(sa.update(DEVICES).where(mine).values(**decided))
         # Enrolling begins a new life of the identity: what spoke before it does not count as a copy.
         connection.execute(sa.delete(SESSIONS).where(SESSIONS.c.device_id == said.device_id))
 
@@ -386,6 +418,10 @@ class Registry:
 def device_id_of(public_key: str) -> str:
     """A board's id: it follows from its key, so that nobody can claim another's."""
     return f"dev-{signing.key_id(public_key)}"
+
+
+def _valid_person() -> Any:
+    return sa.and_(CREDENTIALS.c.role != "device", CREDENTIALS.c.revoked_at.is_(None))
 
 
 def _cloned(message: str) -> Conflict:

@@ -236,6 +236,18 @@ def test_restarts_and_repeated_sessions_are_no_copies(registry: Registry):
     assert registry.device("pi5").admission == "approved"
 
 
+def test_a_new_key_for_a_board_that_was_stopped_is_the_operators_word(registry: Registry):
+    board = enrol(registry, Board(hardware=None), approved=False)
+    enrol(registry, board, approved=True)
+    assert registry.device("pi5").admission == "approved"
+    take_part(registry, board)
+    take_part(registry, Board(hardware=None, key=board.key))
+    with pytest.raises(Conflict):
+        registry.admit(board.device_id, board.instance_id, "192.0.2.5")
+    enrol(registry, board, approved=True)
+    take_part(registry, board)
+
+
 def test_hardware_that_was_unknown_at_enrolment_is_learnt(registry: Registry):
     board = enrol(registry, Board(hardware=None))
     board.hardware = "33" * 32
@@ -250,6 +262,15 @@ def test_people(registry: Registry):
     assert role == "operator" and registry.caller(credential) == Caller("operator", "bob")
     with pytest.raises(NotAuthenticated):
         registry.enrol_person(key, "bob")
+    with pytest.raises(Conflict):  # nobody takes the name, and with it the credential, of another
+        registry.enrol_person(registry.issue_key("viewer", "ann"), "bob")
+    assert registry.caller(credential) is not None
+    assert [(person.name, person.role) for person in registry.people()] == [("bob", "operator")]
+    registry.revoke_person("bob", "ann")
+    assert registry.caller(credential) is None and registry.people() == []
+    with pytest.raises(NotFound):
+        registry.revoke_person("bob", "ann")
+    credential, _ = registry.enrol_person(registry.issue_key("viewer", "ann"), "bob")
     forged = Credential(credential.id, "x" * 43)
     assert registry.caller(forged) is None and registry.caller(Credential("0" * 16, credential.secret)) is None
 
