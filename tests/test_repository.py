@@ -1,7 +1,8 @@
-"""What the repository may hold: no data sets, no model weights, nothing large."""
+"""What the repository may hold: no data sets, no model weights, nothing large; and that the README names tests that exist."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -22,3 +23,15 @@ def test_no_data_set_and_no_weights_are_bundled() -> None:
         path.name for path in tracked if path.name.endswith((".gguf", ".onnx", ".safetensors", ".pack.json", ".jsonl"))
     ]
     assert (large, bundled) == ([], [])
+
+
+def test_every_test_that_the_readme_names_exists() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    table = readme.split("## What happens when things go wrong", 1)[1].split("\n## ", 1)[0]
+    named = set(re.findall(r"`(test_\w+)`", table))
+    found = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text("utf-8"), re.MULTILINE)
+    }
+    assert len(named) > 50 and sorted(named - found) == []
