@@ -62,6 +62,7 @@ class QueuedRun:
     sweep: str | None
     device_id: str
     device: str
+    task: str
     spec: RunSpec
     status: RunStatus
     phase: str | None
@@ -163,8 +164,11 @@ class Dispatch:
             self._set_holding(connection, device_id, artifact_id, state="forgotten", received_bytes=0, problem=None)
             self._raise_revision(connection, device_id)
 
-    def queue(self, device_id: str, spec: RunSpec, manifest: Manifest, sweep: str | None = None) -> None:
-        """Puts a run at the end of a board's queue; its artifact is pushed where that was not done. Queueing it again changes nothing.
+    def queue(
+        self, device_id: str, spec: RunSpec, manifest: Manifest, task: str = "", sweep: str | None = None
+    ) -> None:
+        """Puts a run at the end of a board's queue; its artifact is pushed where that was not done. Queueing it again changes
+        nothing. `task` is the pack's, for people.
 
         Raises Conflict when the run id is taken by another run.
         """
@@ -181,7 +185,14 @@ class Dispatch:
             # Comparing an older artifact with a newer one is what runs are for.
             self._want(connection, device, manifest, downgrade=True)
             now = self._clock()
-            row = {"run_id": spec.run_id, "sweep": sweep, "device_id": device_id, "spec": plain, "status": "queued"}
+            row = {
+                "run_id": spec.run_id,
+                "sweep": sweep,
+                "device_id": device_id,
+                "task": task,
+                "spec": plain,
+                "status": "queued",
+            }
             row |= {"leases": 0, "items_done": 0, "items_total": spec.limit or 0, "queued_at": now, "changed_at": now}
             connection.execute(sa.insert(RUNS).values(**row))
             self._raise_revision(connection, device_id)
@@ -504,6 +515,7 @@ def _queued(row: RowMapping) -> QueuedRun:
         sweep=row["sweep"],
         device_id=row["device_id"],
         device=row["name"],
+        task=row["task"],
         spec=RunSpec.model_validate_json(json.dumps(row["spec"])),
         status=row["recorded"] or row["status"],
         phase=row["phase"] if row["recorded"] is None else None,

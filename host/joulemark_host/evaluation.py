@@ -64,7 +64,7 @@ def run_task(
     spec = RunSpec(run_id=new_run_id(task), artifact_id=subject.artifact_id, pack_id=subject.packs[task], **options)
     order = None
     if dispatch is not None and client.takes_orders_only():
-        dispatch.queue(client.device().device_id, spec, subject.manifest)
+        dispatch.queue(client.device().device_id, spec, subject.manifest, task)
         order = dispatch.run_order(spec.run_id)
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()

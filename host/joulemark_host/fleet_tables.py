@@ -65,6 +65,7 @@ RUNS = sa.Table(
     sa.Column("run_id", sa.Text, nullable=False, unique=True),
     sa.Column("sweep", sa.Text, index=True),
     sa.Column("device_id", sa.Text, sa.ForeignKey("devices.device_id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("task", sa.Text, nullable=False),
     sa.Column("spec", sa.JSON, nullable=False),
     sa.Column("status", sa.Text, nullable=False, index=True),
     sa.Column("envelope", sa.Text),

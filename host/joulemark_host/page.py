@@ -59,12 +59,17 @@ def offline_page(figures: Sequence[Figure]) -> str:
 
 def error_page(status: int, message: str, hint: str) -> str:
     """A page that says what went wrong and what to do."""
-    return _environment().get_template("error.html").render(status=status, message=message, hint=hint)
+    return render("error.html", status=status, message=message, hint=hint)
+
+
+def render(template: str, **context: Any) -> str:
+    """A page of ours from its template; everything in `context` is text and is escaped."""
+    return _environment().get_template(template).render(**context)
 
 
 def entrance_page(message: str = "", hint: str = "") -> str:
     """The page where a browser shows its one-time key; with what was wrong with the last one."""
-    return _environment().get_template("enter.html").render(message=message, hint=hint)
+    return render("enter.html", message=message, hint=hint)
 
 
 @cache

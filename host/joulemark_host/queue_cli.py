@@ -181,7 +181,7 @@ def run_by_name(
     for device_id in dispatch.devices(to):
         for task, pack_id in subject.packs.items():
             spec = RunSpec(run_id=new_run_id(task), artifact_id=subject.artifact_id, pack_id=pack_id, **options)
-            dispatch.queue(device_id, spec, subject.manifest)
+            dispatch.queue(device_id, spec, subject.manifest, task)
             run_ids.append(spec.run_id)
     try:
         return watch_runs(console, lambda: dispatch.runs(run_ids=run_ids))

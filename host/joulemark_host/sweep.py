@@ -55,7 +55,9 @@ def queue(
             continue
         suffix = f"-{len(earlier) + 1}" if earlier else ""
         run_id = f"{name[:40]}-{cell.task[:20]}-{key[:10]}{suffix}"
-        dispatch.queue(cell.device_id, spec.model_copy(update={"run_id": run_id}), cell.subject.manifest, sweep=name)
+        dispatch.queue(
+            cell.device_id, spec.model_copy(update={"run_id": run_id}), cell.subject.manifest, cell.task, name
+        )
         added += 1
     return added
 

@@ -18,12 +18,14 @@ from joulemark.tls import fingerprint
 from joulemark_host import identity
 from joulemark_host.access import Access
 from joulemark_host.api import create_app
+from joulemark_host.dispatch import Dispatch
 from joulemark_host.identity import HostIdentity
 from joulemark_host.records import Records
 from joulemark_host.registry import Registry, Role
 from joulemark_host.shelf import Shelf
 from tests.fixtures.boards_at_host import Board
 from tests.fixtures.gguf_files import llama, whole
+from tests.fixtures.grids import SMOL_Q8
 from tests.fixtures.records import make_record, record_bytes
 
 PUBLIC = {
@@ -42,6 +44,7 @@ class Host:
     http: TestClient
     registry: Registry
     records: Records
+    dispatch: Dispatch
     who: HostIdentity
     sha256: str
     clock: list[float]
@@ -72,11 +75,14 @@ def host(tmp_path: Path) -> Iterator[Host]:
     who = identity.create(tmp_path / "identity")
     url = f"sqlite:///{tmp_path / 'records.db'}"
     records, registry, clock = Records(url), Registry(url, who.fingerprint), [0.0]
-    app = create_app(shelf, records, access=Access(registry, lambda: clock[0]), identity=who)
+    dispatch = Dispatch(url, who.key)
+    access = Access(registry, lambda: clock[0])
+    app = create_app(shelf, records, access=access, identity=who, dispatch=dispatch)
     http = TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False, follow_redirects=False)
-    yield Host(http, registry, records, who, manifest.files[0].sha256, clock)
+    yield Host(http, registry, records, dispatch, who, manifest.files[0].sha256, clock)
     records.close()
     registry.close()
+    dispatch.close()
 
 
 def routes(host: Host) -> list[tuple[str, str]]:
@@ -131,14 +137,14 @@ def test_failures_are_slowed_down_and_right_credentials_are_not(host: Host):
     assert host.http.get("/api/artifacts", headers={"Authorization": "Bearer x"}).status_code == 401
 
 
-READS = ("/", "/api/artifacts", "/api/devices", "/openapi.json")
+READS = ("/", "/queue", "/api/artifacts", "/api/devices", "/api/runs", "/api/targets", "/openapi.json")
 
 
 def test_what_each_role_may_do(host: Host):
     operator, viewer = host.person("operator"), host.person("viewer")
     board = host.board()
     assert host.begin(board) == 200
-    file, record = f"/api/files/{host.sha256}", record_bytes(make_record(device=board.facts))
+    file, record = f"/api/files/{host.sha256}", record_bytes(make_record(device=board.facts, manifest=SMOL_Q8))
     for path in READS:
         assert (
             host.http.get(path, headers=viewer).status_code == host.http.get(path, headers=operator).status_code == 200
@@ -155,7 +161,9 @@ def test_what_each_role_may_do(host: Host):
     for what in ("approve", "revoke", "rename?to=x"):
         for who in (viewer, board.headers):
             assert host.http.post(f"/api/devices/pi5/{what}", headers=who).status_code == 403
-    assert host.http.put("/api/records/run-1", content=record, headers=board.headers).status_code == 201
+    host.dispatch.push(board.device_id, SMOL_Q8)
+    signed = board.vouching("run-1", record)
+    assert host.http.put("/api/records/run-1", content=record, headers=signed).status_code == 201
     assert host.http.post("/api/devices/pi5/rename?to=kitchen", headers=operator).json()["name"] == "kitchen"
     assert host.http.get("/api/devices/kitchen", headers=viewer).json()["admission"] == "approved"
     assert host.http.get("/api/devices/pi5", headers=viewer).status_code == 404
@@ -164,11 +172,16 @@ def test_what_each_role_may_do(host: Host):
 def test_a_board_speaks_for_itself_only(host: Host):
     one, two = host.board("one"), host.board("two")
     assert host.begin(one) == host.begin(two) == 200
-    about_two = record_bytes(make_record(device=two.facts))
-    answer = host.http.put("/api/records/run-1", content=about_two, headers=one.headers)
+    for board in (one, two):
+        host.dispatch.push(board.device_id, SMOL_Q8)
+    about_two = record_bytes(make_record(device=two.facts, manifest=SMOL_Q8))
+    answer = host.http.put("/api/records/run-1", content=about_two, headers=one.vouching("run-1", about_two))
     assert answer.status_code == 403 and "another board" in answer.json()["message"]
     assert host.records.facts() == []
-    assert host.http.put("/api/records/run-1", content=about_two, headers=two.headers).status_code == 201
+    mixed = {**one.headers, "Joulemark-Signature": two.vouching("run-1", about_two)["Joulemark-Signature"]}
+    assert host.http.put("/api/records/run-1", content=about_two, headers=mixed).status_code == 403
+    signed = two.vouching("run-1", about_two)
+    assert host.http.put("/api/records/run-1", content=about_two, headers=signed).status_code == 201
 
 
 def test_a_board_that_nobody_approved_gets_nothing_but_its_session(host: Host):

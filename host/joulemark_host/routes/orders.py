@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
+from joulemark.errors import NotFound
 from joulemark.protocol import Report, ReportAnswer
 from joulemark_host.access import Access
 from joulemark_host.dispatch import Dispatch
 from joulemark_host.intake import parsed_body
+from joulemark_host.queue_page import queue_page
 from joulemark_host.registry import Caller
+from joulemark_host.shelf import Shelf
 from joulemark_host.waiting import Waiting
 
 LONGEST_WAIT_S = 55.0
 """Below the minute after which many routers forget a silent connection."""
 
 
-def create_router(dispatch: Dispatch, access: Access, stopping: Callable[[], bool]) -> APIRouter:
+def create_router(dispatch: Dispatch, shelf: Shelf, access: Access, stopping: Callable[[], bool]) -> APIRouter:
     """For boards, and for people who look. Whoever waits is sent away when the host is `stopping`."""
     router = APIRouter()
     board = access.guard("device")
@@ -48,6 +51,20 @@ def create_router(dispatch: Dispatch, access: Access, stopping: Callable[[], boo
     def targets(device_id: str | None = None, artifact_id: str | None = None) -> list[dict[str, Any]]:
         found = dispatch.targets(device_id, artifact_id)
         return [target.plain() for target in found]
+
+    def names() -> dict[str, str]:
+        return {key: f"{manifest.name} {manifest.quantization}" for key, manifest in shelf.artifacts().items()}
+
+    @router.get("/queue", response_class=HTMLResponse, dependencies=readers)
+    def queue() -> str:
+        return queue_page("What waits and what is going on", dispatch.runs(open_only=True), names())
+
+    @router.get("/sweeps/{name}", response_class=HTMLResponse, dependencies=readers)
+    def sweep(name: Annotated[str, Path(max_length=80)]) -> str:
+        runs = dispatch.runs(name)
+        if not runs:
+            raise NotFound(f"there is no sweep {name!r}", "`joulemark sweep --name` makes one; /queue shows what waits")
+        return queue_page(f"Sweep {name}", runs, names())
 
     @router.get("/api/runs", dependencies=readers)
     def runs(sweep: str | None = None) -> list[dict[str, Any]]:

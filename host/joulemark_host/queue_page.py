@@ -1,0 +1,60 @@
+"""The page of a sweep, or of everything that waits: boards down, models and tasks across, how far each run is.
+
+Pure: runs and names in, HTML out. What came from outside is text, which Jinja escapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from joulemark_host.dispatch import QueuedRun
+from joulemark_host.page import render
+from joulemark_host.sweep import counts, latest, over
+
+
+@dataclass(frozen=True)
+class _Cell:
+    status: str
+    word: str
+    done: int
+    total: int
+    problem: str
+
+
+@dataclass(frozen=True)
+class _Row:
+    board: str
+    cells: Sequence[_Cell | None]
+
+
+def queue_page(title: str, runs: Sequence[QueuedRun], models: Mapping[str, str]) -> str:
+    """`models` are names by artifact id; one that is not on the shelf any more shows its id."""
+    current = latest(runs)
+    columns = list(dict.fromkeys(_column(run, models) for run in current))
+    boards = list(dict.fromkeys(run.device for run in current))
+    found = {(run.device, _column(run, models)): run for run in current}
+    rows = [_Row(board, [_cell(found.get((board, column))) for column in columns]) for board in boards]
+    return render(
+        "queue.html",
+        title=title,
+        rows=rows,
+        columns=columns,
+        counts=sorted(counts(runs).items()),
+        going_on=not over(current),
+    )
+
+
+def _column(run: QueuedRun, models: Mapping[str, str]) -> str:
+    spec = run.spec
+    name = f"{models.get(spec.artifact_id, spec.artifact_id[:12])}, {run.task or spec.pack_id[:12]}"
+    details = [f"first {spec.limit}" if spec.limit else "", spec.backend or "", spec.variant]
+    return ", ".join([name, *filter(None, details)])
+
+
+def _cell(run: QueuedRun | None) -> _Cell | None:
+    if run is None:
+        return None
+    word = "running" if run.status == "leased" else run.status
+    problem = run.problem.message if run.problem is not None else ""
+    return _Cell(run.status, f"{word}: {run.phase}" if run.phase else word, run.items_done, run.items_total, problem)
