@@ -12,6 +12,9 @@ from joulemark_host.dispatch import QueuedRun
 from joulemark_host.page import render
 from joulemark_host.sweep import counts, latest, over
 
+_WORDS = {"leased": "running"}
+"""What a person calls it."""
+
 
 @dataclass(frozen=True)
 class _Cell:
@@ -40,7 +43,7 @@ def queue_page(title: str, runs: Sequence[QueuedRun], models: Mapping[str, str])
         title=title,
         rows=rows,
         columns=columns,
-        counts=sorted(counts(runs).items()),
+        counts=[(status, _WORDS.get(status, status), count) for status, count in sorted(counts(runs).items())],
         going_on=not over(current),
     )
 
@@ -55,6 +58,6 @@ def _column(run: QueuedRun, models: Mapping[str, str]) -> str:
 def _cell(run: QueuedRun | None) -> _Cell | None:
     if run is None:
         return None
-    word = "running" if run.status == "leased" else run.status
+    word = _WORDS.get(run.status, run.status)
     problem = run.problem.message if run.problem is not None else ""
     return _Cell(run.status, f"{word}: {run.phase}" if run.phase else word, run.items_done, run.items_total, problem)
