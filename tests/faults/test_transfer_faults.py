@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import os
 import random
 import threading
@@ -141,6 +142,40 @@ def test_another_file_behind_the_same_address_is_never_appended(plain: Shelved, 
     (shelf / other.sha256).write_bytes(os.urandom(SIZE))
     problem = pull(store, wrong, plain.host.url).problem(wrong.artifact_id)
     assert problem is not None and problem.code == "digest_mismatch" and store.artifacts() == {}
+
+
+def test_a_server_whose_file_has_another_tag_is_not_asked_to_go_on(plain: Shelved, tmp_path: Path):
+    """Half of the file is here; what answers now has another one under this address and honours If-Range, as RFC 9110 says."""
+    store = Store(tmp_path / "store")
+    store.announce(plain.manifest)
+    store.append(plain.entry.sha256, 0, plain.body[:1_000_000])
+    asked: list[str | None] = []
+
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers["If-Range"])
+            same = self.headers["If-Range"] in (None, '"another"')
+            start = 1_000_000 if same and self.headers["Range"] else 0
+            self.send_response(206 if start else 200)
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{SIZE - 1}/{SIZE}")
+            self.send_header("Content-Length", str(SIZE - start))
+            self.end_headers()
+            self.wfile.write(bytes(SIZE - start))
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        problem = pull(store, plain, f"http://127.0.0.1:{server.server_port}").problem(plain.artifact_id)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert problem is not None and problem.code == "unavailable" and set(asked) == {f'"{plain.entry.sha256}"'}
+    assert store.offset(plain.entry.sha256) == 1_000_000  # nothing of the other file was taken
+    pull(store, plain, plain.host.url)
+    assert whole(store, plain)
 
 
 def test_two_artifacts_that_share_a_file_transfer_it_once(plain: Shelved, tmp_path: Path):
