@@ -107,6 +107,12 @@ def run(application: Callable[..., Any], arguments: Sequence[str]) -> int:
         problem = to_problem(error)
         sys.stderr.write(f"joulemark: {problem.message}\n" + (f"  hint: {problem.hint}\n" if problem.hint else ""))
         return 1
+    except ModuleNotFoundError as error:
+        # A command imports what is heavy when it is called: a part that is not installed is missed only then.
+        if (error.name or "").startswith("joulemark"):
+            raise
+        sys.stderr.write(f"joulemark: {error.name} is not installed\n  hint: pip install {error.name}\n")
+        return 1
     except Exception as error:
         # Leaving early and usage errors are click's: they carry their exit status. Anything else is a defect and keeps its traceback.
         status = getattr(error, "exit_code", None)

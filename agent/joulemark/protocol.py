@@ -110,13 +110,22 @@ class Holding(Wire):
     problem: Problem | None = None
 
 
+class Refusal(Wire):
+    """An order that a board did not accept. `stale`: only its number or its age is wrong, so that the host may sign it anew, with a number
+    above `accepted`, the highest that the board has accepted."""
+
+    sequence: Annotated[int, Field(ge=0, le=2**53)]
+    stale: bool
+    accepted: Annotated[int, Field(ge=0, le=2**53)]
+    problem: Problem
+
+
 class Report(Wire):
     """What has changed on a board since its last report."""
 
     holdings: Annotated[tuple[Holding, ...], Field(max_length=1000)] = ()
     runs: Annotated[tuple[RunState, ...], Field(max_length=1000)] = ()
-    refused: Annotated[tuple[Problem, ...], Field(max_length=100)] = ()
-    """Orders that were not accepted, and why."""
+    refused: Annotated[tuple[Refusal, ...], Field(max_length=100)] = ()
 
 
 class ReportAnswer(Wire):

@@ -33,8 +33,9 @@ def _built_in_ports(roots: Roots) -> str | None:
         device = port / "device"
         if not device.exists() or "/usb" in str(device.resolve()):
             continue
-        # 0: the address is the hardware's own, neither random nor set by somebody
-        if _stated(port / "addr_assign_type") in (None, "0") and (address := _stated(port / "address")):
+        assigned = read_text(port / "addr_assign_type")
+        # "0": the address is the hardware's own, neither random nor set by somebody; old kernels do not say
+        if (isinstance(assigned, Unreadable) or assigned == "0") and (address := _stated(port / "address")):
             addresses.append(address)
     return " ".join(addresses) or None
 
@@ -48,4 +49,4 @@ def _stated(path: Path) -> str | None:
     if isinstance(text, Unreadable):
         return None
     clean = text.strip().strip("\0")
-    return None if clean.lower() in _NO_SERIAL and "addr_assign_type" not in path.name else clean
+    return None if clean.lower() in _NO_SERIAL else clean

@@ -22,6 +22,12 @@ CREATE TABLE IF NOT EXISTS accepted (sequence INTEGER PRIMARY KEY, kind TEXT NOT
 CREATE TABLE IF NOT EXISTS releases (family TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
 """
+
+
+class Stale(Untrusted):
+    """An order whose number or age is wrong and nothing else: its host may sign it anew."""
+
+
 KEEP = 10_000
 """Accepted orders that are remembered; lower numbers than these are replays in any case."""
 WRITE_TIME_EVERY_S = 600.0
@@ -60,10 +66,15 @@ class Ledger:
         told, at = self._anchor
         return told + (self._clock() - at) if told else 0.0
 
+    def accepted(self) -> int:
+        """The highest number that was accepted; 0 before the first."""
+        with self._lock, database_errors(self._path):
+            return int(self._database.execute("SELECT coalesce(max(sequence), 0) FROM accepted").fetchone()[0])
+
     def accept(self, order: Order) -> None:
-        """Accepts an order whose signature was checked, or raises Untrusted: it has expired, is a replay, or a downgrade."""
+        """Accepts an order whose signature was checked, or raises Stale (it has expired, or is a replay) or Untrusted (a downgrade)."""
         if order.expires_at <= self.host_time():
-            raise Untrusted(f"order {order.sequence} has expired", "the host signs it anew when the board asks again")
+            raise Stale(f"order {order.sequence} has expired", "the host signs it anew when it hears of this")
         digest = hashlib.sha256(order.TYPE.encode() + canonical_json(order)).hexdigest()
         with self._lock, database_errors(self._path), transaction(self._database) as database:
             known = database.execute("SELECT sha256 FROM accepted WHERE sequence = ?", (order.sequence,)).fetchone()
@@ -71,9 +82,9 @@ class Ledger:
                 return
             last = database.execute("SELECT coalesce(max(sequence), 0) FROM accepted").fetchone()[0]
             if order.sequence <= last:
-                raise Untrusted(
+                raise Stale(
                     f"order {order.sequence} is a replay: this board is at {last}",
-                    "if the host was restored from an old copy, enrol the board anew",
+                    "if its host means it, it signs it anew when it hears of this",
                 )
             if isinstance(order, FetchOrder):
                 family = f"{order.manifest.name}:{order.manifest.quantization}:{order.manifest.format}"

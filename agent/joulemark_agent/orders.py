@@ -7,22 +7,28 @@ artifact or pack is here waits. Not aware of how orders arrive (long poll, a per
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable
 
 from joulemark import signing
 from joulemark.errors import BadInput, Conflict, JoulemarkError, NotFound, Untrusted, to_problem
-from joulemark.protocol import Holding, Orders, Report
+from joulemark.protocol import Holding, Orders, Refusal, Report
 from joulemark.statements import Envelope, FetchOrder, PublicKey, RunOrder
 from joulemark.wire import Identifier, Problem, RunSpec, RunState, Sha256, content_id
 from joulemark_agent.jobs import Jobs
-from joulemark_agent.ledger import Ledger
+from joulemark_agent.ledger import Ledger, Stale
 from joulemark_agent.pulling import Puller
 from joulemark_agent.store import Store
 
 MAX_REFUSED = 100
+MOST_REPORTED = 1000
+"""Of each kind in one report; the others come with the next."""
 TRY_AGAIN_S = 30.0
 """After a transfer gave up because the host was away, it is begun again not before so long."""
+QUEUE_AGAIN_S = 5.0
+"""A run that could not be queued (its pack cannot be had now) is tried again not before so long."""
+log = logging.getLogger(__name__)
 ENDED = ("done", "failed", "cancelled", "interrupted")
 
 
@@ -51,11 +57,12 @@ class OrderBook:
         self._lock = threading.RLock()
         self._holdings: dict[Sha256, float] = {}  # artifact id: when its transfer may be started (again), monotonic
         self._given_up: dict[Sha256, Problem] = {}
-        self._waiting: RunSpec | None = None
+        self._waiting: dict[Identifier, RunSpec] = {}
         self._runs: set[Identifier] = set()
+        self._queue_again_s = 0.0
         self._impossible: dict[Identifier, Problem] = {}
         self._told: dict[str, Holding | RunState] = {}
-        self._refused: list[Problem] = []
+        self._refused: list[Refusal] = []
 
     def take(self, envelope: Envelope) -> Sha256 | RunState | None:
         """Accepts one signed order and begins with it: an artifact's id, or the run's state if it could be queued already.
@@ -75,7 +82,7 @@ class OrderBook:
         self._ledger.hear_time(orders.host_time)
         envelopes = [*orders.fetch, *([orders.run] if orders.run is not None else [])]
         for envelope in sorted(envelopes, key=_sequence):
-            self._try(lambda envelope=envelope: self.take(envelope))
+            self._follow(envelope)
         for run_id in orders.cancel:
             self.cancel(run_id)
         for artifact_id in orders.forget:
@@ -85,8 +92,7 @@ class OrderBook:
         """Ends a run, wherever it is; one that this board never had counts as ended."""
         with self._lock:
             self._runs.add(run_id)
-            if self._waiting is not None and self._waiting.run_id == run_id:
-                self._waiting = None
+            self._waiting.pop(run_id, None)
         with contextlib.suppress(NotFound):
             self._jobs.cancel(run_id)
 
@@ -98,9 +104,11 @@ class OrderBook:
                 if due and not self._puller.active(artifact_id) and not self._complete(artifact_id):
                     self._try(lambda artifact_id=artifact_id: self._puller.start(artifact_id))
                     self._holdings[artifact_id] = self._clock() + TRY_AGAIN_S
-            spec = self._waiting
-        if spec is not None and self._complete(spec.artifact_id):
-            self._try(lambda: self._queue(spec))
+            waiting = tuple(self._waiting.values()) if self._clock() >= self._queue_again_s else ()
+        for spec in waiting:
+            if self._complete(spec.artifact_id):
+                self._queue_again_s = self._clock() + QUEUE_AGAIN_S
+                self._try(lambda spec=spec: self._queue(spec))
 
     def report(self) -> Report | None:
         """What has changed since the last report that arrived; None when nothing has. `told` says that it has arrived."""
@@ -110,8 +118,8 @@ class OrderBook:
         states = tuple(self._state(run_id) for run_id in run_ids)
         with self._lock:
             news = Report(
-                holdings=tuple(h for h in holdings if self._told.get(h.artifact_id) != h),
-                runs=tuple(s for s in states if self._told.get(s.run_id) != s),
+                holdings=tuple(h for h in holdings if self._told.get(h.artifact_id) != h)[:MOST_REPORTED],
+                runs=tuple(s for s in states if self._told.get(s.run_id) != s)[:MOST_REPORTED],
                 refused=tuple(self._refused),
             )
         return news if news.holdings or news.runs or news.refused else None
@@ -120,18 +128,18 @@ class OrderBook:
         """This report has arrived."""
         with self._lock:
             self._told |= {holding.artifact_id: holding for holding in report.holdings}
-            self._told |= {state.run_id: state for state in report.runs}
+            self._told |= {state.run_id: state for state in report.runs if state.run_id in self._runs}
             self._refused = self._refused[len(report.refused) :]
             for state in report.runs:
                 if state.status in ENDED:
                     self._runs.discard(state.run_id)
                     self._impossible.pop(state.run_id, None)
-                    del self._told[state.run_id]
+                    self._told.pop(state.run_id, None)
             for holding in report.holdings:
                 if holding.state != "pending":
                     self._holdings.pop(holding.artifact_id, None)
                     self._given_up.pop(holding.artifact_id, None)
-                    del self._told[holding.artifact_id]
+                    self._told.pop(holding.artifact_id, None)
 
     def forget_told(self) -> None:
         """A new session: the host may have lost what it was told."""
@@ -159,7 +167,7 @@ class OrderBook:
         with self._lock:
             if order.spec.run_id not in self._runs:
                 self._runs.add(order.spec.run_id)
-                self._waiting = order.spec
+                self._waiting[order.spec.run_id] = order.spec
         if self._complete(order.spec.artifact_id):
             self._queue(order.spec)
         with contextlib.suppress(NotFound):
@@ -183,14 +191,10 @@ class OrderBook:
                 raise
             with self._lock:
                 self._impossible[spec.run_id] = to_problem(error)
-            self._stop_waiting(spec)
+                self._waiting.pop(spec.run_id, None)
             raise
-        self._stop_waiting(spec)
-
-    def _stop_waiting(self, spec: RunSpec) -> None:
         with self._lock:
-            if self._waiting is not None and self._waiting.run_id == spec.run_id:
-                self._waiting = None
+            self._waiting.pop(spec.run_id, None)
 
     def _forget(self, artifact_id: Sha256) -> None:
         if self._jobs.needs(artifact_id):
@@ -232,17 +236,33 @@ class OrderBook:
             problem = self._impossible.get(run_id)
             if problem is not None:
                 return RunState(run_id=run_id, status="failed", problem=problem)
-            waiting = self._waiting is not None and self._waiting.run_id == run_id
-            return RunState(run_id=run_id, status="queued" if waiting else "cancelled")
+            return RunState(run_id=run_id, status="queued" if run_id in self._waiting else "cancelled")
 
-    def _try(self, action: Callable[[], object]) -> None:
+    def _follow(self, envelope: Envelope) -> None:
+        """Takes an order; one that is not accepted is told to the host, which has to know that nothing comes of it."""
+        try:
+            self.take(envelope)
+        except Untrusted as error:
+            refusal = Refusal(
+                sequence=_sequence(envelope),
+                stale=isinstance(error, Stale),
+                accepted=self._ledger.accepted(),
+                problem=to_problem(error),
+            )
+            log.warning("an order of the host was not accepted: %s", error)
+            with self._lock:
+                if refusal not in self._refused and len(self._refused) < MAX_REFUSED:
+                    self._refused.append(refusal)
+        except (JoulemarkError, OSError) as error:
+            log.warning("an order waits: %s", error)  # what it is about has its state in the report
+
+    @staticmethod
+    def _try(action: Callable[[], object]) -> None:
+        """Something that may become possible later; what it is about has its state in the report."""
         try:
             action()
         except (JoulemarkError, OSError) as error:
-            problem = to_problem(error)
-            with self._lock:
-                if problem not in self._refused and len(self._refused) < MAX_REFUSED:
-                    self._refused.append(problem)
+            log.warning("not now: %s", error)
 
 
 def _sequence(envelope: Envelope) -> int:

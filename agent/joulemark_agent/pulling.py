@@ -22,7 +22,8 @@ from joulemark_agent.store import Store
 CHUNK_BYTES = 128 * 1024
 TRIES = 5
 PAUSE_POLL_S = 1.0
-LOOK_EVERY_S = 0.5
+LOOK_EVERY_S = 0.05
+"""How often a transfer looks whether it is to pause: what `settle` waits for."""
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Puller:
         self._cancelled: set[str] = set()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
+        self._reading = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def start(self, artifact_id: str) -> None:
@@ -74,6 +76,13 @@ class Puller:
         """Why the last pull failed, if it did."""
         with self._lock:
             return self._problems.get(artifact_id)
+
+    def settle(self, timeout_s: float) -> bool:
+        """Waits until nothing is being read: for callers that are about to measure and have set `paused`."""
+        if self._reading.acquire(timeout=timeout_s):
+            self._reading.release()
+            return True
+        return False
 
     def stop(self) -> None:
         """Give up; what came so far stays for the next start."""
@@ -111,6 +120,7 @@ class Puller:
     def _fetch(self, artifact_id: str, sha256: str, offset: int) -> Iterator[memoryview]:
         """The file's bytes from `offset` on, in one buffer again and again: each piece is good until the next is asked for."""
         assert self._link is not None
+        self._wait_while_paused(artifact_id)
         connection = self._link.bulk()
         try:
             # If-Range: a file's tag is its sha256, so that bytes of another file are never appended to these.
@@ -119,6 +129,8 @@ class Puller:
             answer = connection.getresponse()
             _check(answer, sha256, offset)
             yield from self._paced(artifact_id, answer)
+        except JoulemarkError:
+            raise
         except http.client.HTTPException as error:
             raise Unavailable(f"the host's answer broke off: {error!r}", "the transfer resumes") from error
         except OSError as error:
@@ -130,19 +142,20 @@ class Puller:
         """The body in chunks, stopped when it must be and not faster than it may be."""
         limit = self._limit_rate
         view = memoryview(bytearray(CHUNK_BYTES if limit is None else int(min(CHUNK_BYTES, max(4096, limit / 4)))))
-        looked = begun = time.monotonic()
+        begun = time.monotonic()
         received = 0
         while True:
-            if time.monotonic() - looked >= LOOK_EVERY_S:
-                self._wait_while_paused(artifact_id)
-                looked = time.monotonic()
-            size = answer.readinto(view)
-            if not size:
-                return
-            yield view[:size]
-            received += size
-            if limit is not None:
-                self._stopping.wait(max(0.0, begun + received / limit - time.monotonic()))
+            self._wait_while_paused(artifact_id)
+            look_again_s = time.monotonic() + LOOK_EVERY_S
+            with self._reading:
+                while time.monotonic() < look_again_s:
+                    size = answer.readinto(view)
+                    if not size:
+                        return
+                    yield view[:size]
+                    received += size
+                    if limit is not None:
+                        self._stopping.wait(max(0.0, begun + received / limit - time.monotonic()))
 
     def _wait_while_paused(self, artifact_id: str) -> None:
         while self._paused() and not self._stopping.wait(PAUSE_POLL_S):

@@ -162,6 +162,7 @@ def assemble(settings: Settings, who: Identity) -> Services:
     def make_quiet() -> None:
         completions.unload()
         sender.settle(SETTLE_S)
+        puller.settle(SETTLE_S)
 
     def put_aside(manifest: Manifest) -> None:
         for entry in manifest.files:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from joulemark.metrics import METRICS
-from joulemark.plain_text import printable
+from joulemark.plain_text import printable, printable_problem
 from joulemark.wire import Absent, Measure, Metric, Problem, RunRecord
 
 FACTS_VERSION = 2
@@ -48,11 +48,7 @@ class RunFacts:
 
 def facts_of(record: RunRecord) -> RunFacts:
     """The facts of one record. Free text from outside is made printable here, once."""
-    problem = record.problem
-    if problem is not None:
-        problem = problem.model_copy(
-            update={"message": printable(problem.message)[:2000], "hint": printable(problem.hint)[:1000]}
-        )
+    problem = printable_problem(record.problem) if record.problem is not None else None
     return RunFacts(
         run_id=record.spec.run_id,
         status=record.status,

@@ -89,7 +89,7 @@ def host(
         certificate = None
         if who is not None and (tls or not is_loopback(listener)):
             identity.certify_server(who, own_names(listener))
-            certificate = who.server_files
+            certificate = who.server_file
         names = names_of(listener.getsockname()[0])
         dispatch = Dispatch(database_url(data, database), who.key, lease_s=lease) if who is not None else None
         try:

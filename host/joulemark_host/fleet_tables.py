@@ -25,7 +25,7 @@ DEVICES = sa.Table(
     sa.Column("address", sa.Text),
     sa.Column("facts", sa.JSON),
     sa.Column("revision", sa.Integer, nullable=False, default=0),
-    sa.Column("last_order", sa.Integer, nullable=False, default=0),
+    sa.Column("last_order", sa.BigInteger, nullable=False, default=0),
 )
 
 GROUPS = sa.Table(
@@ -48,7 +48,7 @@ HOLDINGS = sa.Table(
     METADATA,
     sa.Column("device_id", sa.Text, sa.ForeignKey("devices.device_id", ondelete="CASCADE"), primary_key=True),
     sa.Column("artifact_id", sa.Text, primary_key=True, index=True),
-    sa.Column("sequence", sa.Integer, nullable=False),
+    sa.Column("sequence", sa.BigInteger, nullable=False),
     sa.Column("envelope", sa.Text, nullable=False),
     sa.Column("expires_at", sa.Float, nullable=False),
     sa.Column("state", sa.Text, nullable=False),
@@ -73,7 +73,7 @@ RUNS = sa.Table(
     sa.Column("leases", sa.Integer, nullable=False),
     sa.Column("phase", sa.Text),
     sa.Column("items_done", sa.Integer, nullable=False),
-    sa.Column("items_total", sa.Integer, nullable=False),
+    sa.Column("items_total", sa.Integer),
     sa.Column("problem", sa.JSON),
     sa.Column("queued_at", sa.Float, nullable=False),
     sa.Column("changed_at", sa.Float, nullable=False),

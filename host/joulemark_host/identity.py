@@ -3,7 +3,8 @@
     signing.key     Ed25519: signs what boards are told (`joulemark.signing`)
     authority.key   the certificate authority's key (P-256, which browsers know too)
     authority.pem   its certificate: boards and people trust this one and no other
-    server.key, server.pem   what the host shows on its socket; made anew when its addresses change
+    server.pem      what the host shows on its socket, certificate and key in one file so that they always belong together; made anew when
+                    its addresses change
 
 Made once by `joulemark host init`. Certificates are valid at any time, because a board's clock may say 1970; they are ended by revoking.
 Not aware of who enrols.
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 import shutil
 import tempfile
 from collections.abc import Collection
@@ -47,9 +47,9 @@ class HostIdentity:
     fingerprint: Sha256
 
     @property
-    def server_files(self) -> tuple[Path, Path]:
+    def server_file(self) -> Path:
         """Certificate and key of the host's socket."""
-        return self.folder / "server.pem", self.folder / "server.key"
+        return self.folder / "server.pem"
 
 
 def exists(folder: Path) -> bool:
@@ -66,7 +66,7 @@ def create(folder: Path) -> HostIdentity:
     try:
         create_key(temporary / "signing.key")
         authority = ec.generate_private_key(ec.SECP256R1())
-        _write_private(temporary / "authority.key", authority)
+        replace_file(temporary / "authority.key", [_private_pem(authority)], mode=0o600)
         replace_file(temporary / "authority.pem", [_authority_certificate(authority)])
         temporary.rename(folder)
     finally:
@@ -91,15 +91,22 @@ def read(folder: Path) -> HostIdentity:
 
 def certify_server(identity: HostIdentity, names: Collection[str]) -> None:
     """Makes the socket's certificate for `names` (host names and addresses, for browsers; boards check a fixed name)."""
-    certificate_path, key_path = identity.server_files
     wanted = _names([tls.HOST_NAME, *names])
-    if certificate_path.exists() and key_path.exists():
-        shown = x509.load_pem_x509_certificate(certificate_path.read_bytes())
-        if set(shown.extensions.get_extension_for_class(x509.SubjectAlternativeName).value) >= set(wanted):
-            return
+    if _shown_names(identity.server_file) >= set(wanted):
+        return
     key = ec.generate_private_key(ec.SECP256R1())
-    _write_private(key_path, key)
-    replace_file(certificate_path, [_leaf(identity, key.public_key(), tls.HOST_NAME, wanted)])
+    certificate = _leaf(identity, key.public_key(), tls.HOST_NAME, wanted)
+    replace_file(identity.server_file, [certificate, _private_pem(key)], mode=0o600)
+
+
+def _shown_names(path: Path) -> set[x509.GeneralName]:
+    """The names in the certificate that is there; none where there is none, or one that is damaged."""
+    try:
+        shown = x509.load_pem_x509_certificate(path.read_bytes())
+        serialization.load_pem_private_key(path.read_bytes(), None)
+        return set(shown.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    except (FileNotFoundError, ValueError, x509.ExtensionNotFound):
+        return set()
 
 
 def certify_device(identity: HostIdentity, device_id: str, tls_public_key: PublicKey) -> str:
@@ -174,11 +181,7 @@ def _names(texts: Collection[str]) -> list[x509.GeneralName]:
     return list(names)
 
 
-def _write_private(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(pem)
-        file.flush()
-        os.fsync(file.fileno())
+def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )

@@ -14,8 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from joulemark.errors import JoulemarkError, NotFound
-from joulemark_host.dispatch import Dispatch, QueuedRun, Target
+from joulemark_host.dispatch import Dispatch
 from joulemark_host.evaluation import Subject
+from joulemark_host.holdings import Target
 from joulemark_host.options import (
     DEFAULT_DATA,
     DatabaseOption,
@@ -27,6 +28,7 @@ from joulemark_host.options import (
     subject_of,
     terminal,
 )
+from joulemark_host.run_queue import QueuedRun
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 runs_app = typer.Typer(invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -207,7 +209,7 @@ def watch_runs(console: Any, look: Callable[[], list[QueuedRun]]) -> list[Queued
 
 
 def _watch_targets(console: Any, look: Callable[[], list[Target]]) -> list[Target]:
-    from joulemark_host.dispatch import progress
+    from joulemark_host.holdings import progress
     from joulemark_host.terminal import transfer_bar
 
     targets = look()

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from joulemark_host.dispatch import QueuedRun
 from joulemark_host.page import render
+from joulemark_host.run_queue import QueuedRun
 from joulemark_host.sweep import counts, latest, over
 
 _WORDS = {"leased": "running"}
@@ -21,7 +21,7 @@ class _Cell:
     status: str
     word: str
     done: int
-    total: int
+    total: int | None
     problem: str
 
 

@@ -136,6 +136,7 @@ class Records:
                 f"the record of run {name!r} holds a number out of range", f"the database says: {error}"
             ) from error
         if known == sha256:
+            self._keep_signature(name, origin)
             return "unchanged"
         kept = self._set_aside(name, body, sha256)
         raise Conflict(
@@ -204,6 +205,14 @@ class Records:
         )
         if facts.metrics:
             connection.execute(sa.insert(METRICS_TABLE), _metric_rows(facts))
+
+    def _keep_signature(self, run_id: str, origin: Origin | None) -> None:
+        """A record that a person brought here came unsigned; when its board sends the same bytes, its word is kept."""
+        if origin is None or origin.signature is None:
+            return
+        unsigned = sa.and_(RECORDS.c.run_id == run_id, RECORDS.c.signature.is_(None))
+        with transaction(self._engine, write=True) as connection:
+            connection.execute(sa.update(RECORDS).where(unsigned).values(signature=origin.signature))
 
     def _set_aside(self, run_id: str, body: bytes, sha256: str) -> bool:
         """Keeps a conflicting body once; False when this run id has its full share of them already."""

@@ -23,8 +23,8 @@ CONNECTION_LIMIT = 4096
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
-def serve(app: FastAPI, listener: socket.socket, certificate: tuple[Path, Path] | None = None) -> None:
-    """Serves `app` on a bound socket until SIGINT or SIGTERM; with a `certificate` (and its key) over TLS 1.3."""
+def serve(app: FastAPI, listener: socket.socket, certificate: Path | None = None) -> None:
+    """Serves `app` on a bound socket until SIGINT or SIGTERM; with a `certificate` (and its key in the same file) over TLS 1.3."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     address, port = listener.getsockname()[:2]
     scheme = "http" if certificate is None else "https"
@@ -37,8 +37,7 @@ def serve(app: FastAPI, listener: socket.socket, certificate: tuple[Path, Path] 
         timeout_keep_alive=5,
         timeout_graceful_shutdown=5,
         server_header=False,
-        ssl_certfile=certificate[0] if certificate else None,
-        ssl_keyfile=str(certificate[1]) if certificate else None,
+        ssl_certfile=certificate,
     )
     config.load()
     if config.ssl is not None:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from joulemark.wire import Identifier, RunSpec, canonical_json
-from joulemark_host.dispatch import ENDED, Dispatch, QueuedRun
+from joulemark_host.dispatch import Dispatch
 from joulemark_host.evaluation import Subject
+from joulemark_host.run_queue import ENDED, QueuedRun
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Not aware of where records come from. Units are chosen for people by `joulemark_
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timezone
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TaskProgressColumn,
     TextColumn,
@@ -28,10 +29,11 @@ from joulemark.plain_text import printable
 from joulemark.protocol import DeviceRow
 from joulemark.wire import Absent, Measure, Metric
 from joulemark_host.compare import artifact_label
-from joulemark_host.dispatch import QueuedRun, Target
 from joulemark_host.facts import RunFacts
+from joulemark_host.holdings import Target
 from joulemark_host.readable import amount, interval, unit_for
 from joulemark_host.registry import Event
+from joulemark_host.run_queue import QueuedRun
 
 SHOWN_METRICS = (
     "accuracy",
@@ -114,33 +116,19 @@ def records_table(runs: Sequence[RunFacts]) -> Table:
     return table
 
 
-@contextmanager
-def bar(console: Console, title: str) -> Generator[Callable[[int, int], None], None, None]:
+def bar(console: Console, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
     """A progress bar for work that reports `(done, total)`; without a terminal one line when it is over."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total or None)
-    console.print(Text(f"✓ {printable(title)}"))
+    return _bar(console, title, TaskProgressColumn())
+
+
+def transfer_bar(console: Console, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    """The same for bytes: how many of how many, how fast, how long still."""
+    return _bar(console, title, DownloadColumn(), TransferSpeedColumn())
 
 
 @contextmanager
-def transfer_bar(console: Console, title: str) -> Generator[Callable[[int, int], None], None, None]:
-    """The same for bytes: how many of how many, how fast, how long still."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+def _bar(console: Console, title: str, *amounts: ProgressColumn) -> Generator[Callable[[int, int], None], None, None]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total or None)
@@ -220,13 +208,19 @@ def targets_table(targets: Sequence[Target], names: Mapping[str, str]) -> Table:
     for column in ("board", "artifact", "state", "received", "problem"):
         table.add_column(column, overflow="fold")
     for target in targets:
-        share = f"{target.received_bytes / 1e6:.1f} of {target.size_bytes / 1e6:.1f} MB" if target.size_bytes else ""
+        share = _share(target)
         problem = target.problem.message if target.problem is not None else ""
         artifact = names.get(target.artifact_id, target.artifact_id[:12])
         row = [Text(printable(cell)) for cell in (target.device, artifact, target.state, share, problem)]
         row[2].stylize(STATE_STYLES.get(target.state, ""))
         table.add_row(*row)
     return table
+
+
+def _share(target: Target) -> str:
+    if target.received_bytes is None or target.size_bytes is None:
+        return ""
+    return f"{target.received_bytes / 1e6:.1f} of {target.size_bytes / 1e6:.1f} MB"
 
 
 def queue_table(runs: Sequence[QueuedRun]) -> Table:
@@ -236,7 +230,7 @@ def queue_table(runs: Sequence[QueuedRun]) -> Table:
         table.add_column(column, overflow="fold")
     for run in runs:
         state = f"{run.status}: {run.phase}" if run.phase is not None and run.status == "leased" else run.status
-        items = f"{run.items_done} of {run.items_total}" if run.items_total else ""
+        items = f"{run.items_done} of {run.items_total}" if run.items_total is not None else ""
         problem = run.problem.message if run.problem is not None else ""
         row = [Text(printable(cell)) for cell in (run.device, run.run_id, state, items, problem)]
         row[2].stylize(STATE_STYLES.get(run.status, ""))

@@ -201,6 +201,8 @@ def test_a_rate_limit_holds_and_a_transfer_can_be_cancelled(plain: Shelved, tmp_
     puller.cancel(plain.artifact_id)
     wait_until(lambda: not puller.active(plain.artifact_id), 5)
     assert 0 < store.offset(plain.entry.sha256) < SIZE
+    problem = puller.problem(plain.artifact_id)
+    assert problem is not None and problem.message == "the transfer was cancelled"
     pull(store, plain, plain.host.url)
     assert whole(store, plain)
 
@@ -212,12 +214,26 @@ def test_while_a_run_is_measured_nothing_is_fetched(plain: Shelved, tmp_path: Pa
     puller.start(plain.artifact_id)
     wait_until(lambda: store.offset(plain.entry.sha256) > 0)
     busy.set()
-    time.sleep(1.0)
+    assert puller.settle(5.0)  # as the agent does before a run: from here on not a byte
     held = store.offset(plain.entry.sha256)
     time.sleep(1.0)
     assert store.offset(plain.entry.sha256) == held < SIZE
     busy.clear()
     wait_until(lambda: not puller.active(plain.artifact_id), 20)
+    assert whole(store, plain)
+
+
+def test_a_transfer_that_is_asked_for_during_a_run_begins_after_it(plain: Shelved, tmp_path: Path):
+    store, busy = Store(tmp_path / "store"), threading.Event()
+    busy.set()
+    with FaultProxy(plain.host.port) as proxy:
+        puller = Puller(store, plain.link(proxy.url), paused=busy.is_set)
+        store.announce(plain.manifest)
+        puller.start(plain.artifact_id)
+        time.sleep(1.0)
+        assert proxy.connections == 0 and puller.active(plain.artifact_id) and puller.settle(1.0)
+        busy.clear()
+        wait_until(lambda: not puller.active(plain.artifact_id), 20)
     assert whole(store, plain)
 
 

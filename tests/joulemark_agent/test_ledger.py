@@ -13,22 +13,15 @@ from joulemark.errors import Untrusted
 from joulemark.statements import FetchOrder, Order, RunOrder
 from joulemark.wire import RunSpec
 from joulemark_agent.ledger import KEEP, Ledger
+from tests.fixtures.clocks import Clock
 from tests.fixtures.grids import SMOL_Q8
 
 YEAR = 365 * 86_400.0
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(100.0)
 
 
 @pytest.fixture
@@ -119,7 +112,7 @@ def test_whatever_comes_no_number_is_used_twice_and_none_is_older(sequences: lis
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        ledger = Ledger(Path(folder) / "l.sqlite", Clock())
+        ledger = Ledger(Path(folder) / "l.sqlite", Clock(100.0))
         accepted: list[int] = []
         for count, sequence in enumerate(sequences):
             try:

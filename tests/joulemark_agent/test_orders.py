@@ -16,7 +16,7 @@ from joulemark.signing import SigningKey
 from joulemark.statements import Envelope, FetchOrder, RunOrder
 from joulemark.wire import Manifest, Problem, RunSpec, RunState, content_id
 from joulemark_agent.ledger import Ledger
-from joulemark_agent.orders import TRY_AGAIN_S, OrderBook
+from joulemark_agent.orders import MOST_REPORTED, QUEUE_AGAIN_S, TRY_AGAIN_S, OrderBook
 from joulemark_agent.store import Store
 from tests.fixtures.gguf_files import write_tiny
 from tests.fixtures.records import make_pack
@@ -112,8 +112,8 @@ class World:
         self.book.told(report)
         said = {holding.artifact_id[:4]: str(holding.state) for holding in report.holdings}
         said |= {state.run_id: str(state.status) for state in report.runs}
-        for problem in report.refused:
-            said["refused"] = problem.code
+        for refusal in report.refused:
+            said["refused"] = f"{'stale' if refusal.stale else 'never'} {refusal.sequence}, at {refusal.accepted}"
         return said
 
 
@@ -143,6 +143,7 @@ def test_from_an_order_to_a_run_with_a_report_for_each_change(world: World):
     assert world.tell() == {short(world): "pending", "r": "queued"}
     assert world.tell() == {}
     world.puller.arrive(world.manifest)
+    world.clock[0] += 1.0
     world.book.work()
     assert world.jobs.state("r").status == "queued" and world.store.packs() == (world.pack_id,)
     assert world.tell() == {short(world): "in_sync"}
@@ -194,7 +195,7 @@ def test_orders_are_accepted_in_their_sequence_however_they_arrive(world: World)
     world.follow(fetch=[], run=two)
     assert world.tell() == {"r": "queued"}
     world.follow(fetch=[one], run=two)
-    assert world.tell() == {"refused": "untrusted"}  # an older number after a newer one
+    assert world.tell() == {"refused": "stale 1, at 2"}  # an older number after a newer one: the host may sign it anew
     world.follow(fetch=[world.fetch()], run=two)
     assert world.tell() == {short(world): "pending"}
 
@@ -204,7 +205,7 @@ def test_what_is_not_by_the_host_does_not_stop_the_rest(world: World):
         FetchOrder(device_id="dev-1", sequence=1, issued_at=0, expires_at=9e9, manifest=world.manifest, release=1)
     )
     world.follow(fetch=[forged], run=world.run())
-    assert world.tell() == {"r": "queued", "refused": "untrusted"}
+    assert world.tell() == {"r": "queued", "refused": "never 1, at 0"}
     assert world.tell() == {}
     with pytest.raises(Untrusted, match="not known"):
         world.book.take(forged.model_copy(update={"payload_type": "application/x"}))
@@ -215,8 +216,9 @@ def test_a_run_that_can_never_be_is_failed_and_one_that_cannot_be_now_waits(worl
     world.puller.arrive(world.manifest)
     world.jobs.refuse = Unavailable("busy", "later")
     world.follow(run=world.run("patient"))
-    assert world.tell() == {short(world): "in_sync", "patient": "queued", "refused": "unavailable"}
+    assert world.tell() == {short(world): "in_sync", "patient": "queued"}
     world.jobs.refuse = None
+    world.clock[0] += QUEUE_AGAIN_S
     world.book.work()
     assert world.jobs.state("patient").status == "queued"
     world.jobs.refuse = BadInput("no such backend", "choose another")
@@ -226,6 +228,31 @@ def test_a_run_that_can_never_be_is_failed_and_one_that_cannot_be_now_waits(worl
     world.jobs.refuse = None
     world.book.work()
     assert "never" not in world.jobs.states
+
+
+def test_two_runs_that_wait_are_both_kept(world: World):
+    """One of the host's queue, one that a person brought: neither may be lost because the other came."""
+    world.follow(fetch=[world.fetch()], run=world.run("queued"))
+    assert world.book.take(world.run("by-hand")) is None
+    assert world.tell() == {short(world): "pending", "queued": "queued", "by-hand": "queued"}
+    world.puller.arrive(world.manifest)
+    world.book.work()
+    assert set(world.jobs.states) == {"queued", "by-hand"}
+
+
+def test_a_downgrade_is_refused_for_good(world: World):
+    world.follow(fetch=[world.fetch(release=2)])
+    world.tell()
+    older = world.manifest.model_copy(update={"licence": "older"})
+    world.follow(fetch=[world.fetch(manifest=older, release=1)])
+    assert world.tell() == {"refused": "never 2, at 1"}
+
+
+def test_a_thousand_changes_are_told_in_several_reports(world: World):
+    for number in range(MOST_REPORTED + 5):
+        world.book.cancel(f"r{number}")
+    told = [len(world.tell()), len(world.tell()), len(world.tell())]
+    assert told == [MOST_REPORTED, 5, 0]
 
 
 def test_cancelling_what_waits_what_runs_and_what_is_not_here(world: World):

@@ -9,16 +9,19 @@ from pathlib import Path
 import pytest
 
 from joulemark.errors import BadInput, Conflict, NotFound
-from joulemark.protocol import Holding, Report
+from joulemark.protocol import Holding, Refusal, Report
 from joulemark.signing import SigningKey, opened
 from joulemark.statements import FetchOrder, RunOrder
 from joulemark.wire import Problem, RunSpec, RunState, content_id
 from joulemark_host import sweep
-from joulemark_host.dispatch import LEASE_S, ORDER_LIFE_S, PENDING_TIMEOUT_S, Dispatch
+from joulemark_host.dispatch import LEASE_S, Dispatch
 from joulemark_host.evaluation import Subject
+from joulemark_host.holdings import PENDING_TIMEOUT_S
+from joulemark_host.issuing import ORDER_LIFE_S
 from joulemark_host.records import Records
 from joulemark_host.registry import Registry
 from tests.fixtures.boards_at_host import Board
+from tests.fixtures.clocks import Clock
 from tests.fixtures.grids import SMOL_Q8
 from tests.fixtures.records import make_record, record_bytes
 
@@ -26,14 +29,6 @@ KEY = SigningKey(bytes(range(32)))
 ARTIFACT = content_id(SMOL_Q8)
 SIZE = sum(entry.size_bytes for entry in SMOL_Q8.files)
 PACK = "b" * 64
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -130,6 +125,10 @@ def test_every_board_has_a_state_for_an_artifact(dispatch: Dispatch, boards: lis
     dispatch.push(one, SMOL_Q8)
     shown = {target.device: target.state for target in dispatch.targets(artifact_id=ARTIFACT)}
     assert shown == {"one": "pending", "two": "registered", "new": "unknown"}
+    asked = {
+        target.device: (target.received_bytes, target.size_bytes) for target in dispatch.targets(artifact_id=ARTIFACT)
+    }
+    assert asked == {"one": (0, SIZE), "two": (None, None), "new": (None, None)}
     clock.now += PENDING_TIMEOUT_S + 1
     dispatch.expire()
     (target, *_) = dispatch.targets(artifact_id=ARTIFACT)
@@ -173,6 +172,75 @@ def test_a_lease_is_renewed_by_reports_and_returns_without_them(dispatch: Dispat
     dispatch.report(one, says("a", "running", 3))  # it was only away
     (run,) = dispatch.runs()
     assert (run.status, run.items_done, run.problem, run.leases) == ("leased", 3, None, 1)
+    assert held(dispatch, one) == "a"  # under the order that it had
+
+
+def test_how_many_items_there_are_is_the_boards_word(dispatch: Dispatch, boards: list[str]):
+    one = boards[0]
+    dispatch.queue(one, spec("a", limit=50), SMOL_Q8)  # the pack may have fewer
+    assert dispatch.runs()[0].items_total is None
+    held(dispatch, one)
+    dispatch.report(one, says("a", "queued"))  # it waits for its artifact: nothing is known yet
+    assert dispatch.runs()[0].items_total is None
+    total = RunState(run_id="a", status="running", items_done=1, items_total=12)
+    dispatch.report(one, Report(runs=(total,)))
+    assert dispatch.runs()[0].items_total == 12
+
+
+def refuses(sequence: int, stale: bool, accepted: int) -> Report:
+    problem = Problem(code="untrusted", message="no", hint="h")
+    return Report(refused=(Refusal(sequence=sequence, stale=stale, accepted=accepted, problem=problem),))
+
+
+def test_an_order_that_came_too_late_or_out_of_turn_is_signed_anew(dispatch: Dispatch, boards: list[str]):
+    """An order was brought by hand past this one; or the host was restored from a copy and counts from an old number."""
+    one = boards[0]
+    dispatch.push(one, SMOL_Q8)
+    dispatch.report(one, refuses(1, stale=True, accepted=40))
+    order = opened(dispatch.orders(one).fetch[0], FetchOrder, [KEY.public])
+    assert (order.sequence, order.manifest) == (41, SMOL_Q8)
+    dispatch.queue(one, spec("a"), SMOL_Q8)
+    envelope = dispatch.orders(one).run
+    assert envelope is not None
+    first = opened(envelope, RunOrder, [KEY.public])
+    before = dispatch.revision(one)
+    dispatch.report(one, refuses(first.sequence, stale=True, accepted=99))
+    envelope = dispatch.orders(one).run
+    assert envelope is not None and dispatch.revision(one) > before
+    assert opened(envelope, RunOrder, [KEY.public]).sequence == 100
+    dispatch.report(one, refuses(7777, stale=True, accepted=0))  # no order of ours
+    assert dispatch.orders(one).run == envelope
+
+
+def test_an_order_that_a_board_will_never_accept_is_an_end(dispatch: Dispatch, boards: list[str]):
+    one, two = boards
+    dispatch.queue(one, spec("a"), SMOL_Q8)
+    envelope = dispatch.orders(one).run
+    assert envelope is not None
+    dispatch.report(two, refuses(1, stale=False, accepted=0))  # another board's number 1
+    assert dispatch.targets(one)[0].state == "pending"
+    dispatch.report(one, refuses(1, stale=False, accepted=0))
+    dispatch.report(one, refuses(opened(envelope, RunOrder, [KEY.public]).sequence, stale=False, accepted=0))
+    (target,) = dispatch.targets(one)
+    assert target.state == "error" and target.problem is not None
+    assert states(dispatch) == {"a": "failed"}
+
+
+def test_what_a_board_still_has_to_do_never_expires_under_its_hands(
+    dispatch: Dispatch, boards: list[str], clock: Clock
+):
+    one = boards[0]
+    dispatch.queue(one, spec("a"), SMOL_Q8)
+    old = dispatch.orders(one)
+    for _ in range(31):  # a month in which it reports progress every day
+        clock.now += 86_400.0
+        dispatch.report(one, Report(holdings=(Holding(artifact_id=ARTIFACT, state="pending", received_bytes=1),)))
+        dispatch.report(one, says("a", "running"))
+    orders = dispatch.orders(one)
+    assert orders.run is not None and orders.run != old.run and orders.fetch != old.fetch
+    for envelope, kind in ((orders.run, RunOrder), (orders.fetch[0], FetchOrder)):
+        assert opened(envelope, kind, [KEY.public]).expires_at > clock.now
+    assert dispatch.orders(one).fetch == orders.fetch
 
 
 def test_cancelling(dispatch: Dispatch, boards: list[str], clock: Clock):
@@ -247,6 +315,7 @@ def test_asking_twice_changes_nothing_and_mistakes_are_refused(dispatch: Dispatc
 def test_boards_are_meant_by_name_id_group_or_all(dispatch: Dispatch, boards: list[str]):
     one, two = boards
     dispatch.group("lab", [two])
+    assert dispatch.groups() == {"lab": ["two"]}
     assert dispatch.devices("one") == {one: "one"}
     assert dispatch.devices(f"{one}, lab") == {one: "one", two: "two"}
     assert dispatch.devices("all") == {one: "one", two: "two"}  # nobody approved the third

@@ -80,11 +80,11 @@ def test_boards_check_the_host_by_its_name_and_not_by_its_address(tmp_path: Path
     host, stranger = identity.create(tmp_path / "host"), identity.create(tmp_path / "stranger")
     for who in (host, stranger):
         identity.certify_server(who, [])
-    assert handshake(*host.server_files, tls.pinned(host.authority_pem, tls.HOST_NAME)) == "TLSv1.3"
+    assert handshake(host.server_file, host.server_file, tls.pinned(host.authority_pem, tls.HOST_NAME)) == "TLSv1.3"
     with pytest.raises(ssl.SSLCertVerificationError):
-        handshake(*stranger.server_files, tls.pinned(host.authority_pem, tls.HOST_NAME))
+        handshake(stranger.server_file, stranger.server_file, tls.pinned(host.authority_pem, tls.HOST_NAME))
     with pytest.raises(ssl.SSLCertVerificationError):
-        handshake(*host.server_files, tls.pinned(host.authority_pem, "dev-1.joulemark.internal"))
+        handshake(host.server_file, host.server_file, tls.pinned(host.authority_pem, "dev-1.joulemark.internal"))
 
 
 def test_a_board_cannot_pose_as_the_host_nor_as_another_board(tmp_path: Path):
@@ -114,19 +114,30 @@ def test_certificates_hold_at_a_boards_clock_of_1970_and_in_a_century(tmp_path: 
     identity.certify_server(host, ["192.0.2.7"])
     for when in ("1", "4102444800"):
         command = ["openssl", "verify", "-attime", when, "-CAfile", str(host.folder / "authority.pem")]
-        done = subprocess.run([*command, str(host.server_files[0])], capture_output=True, text=True, check=False)
+        done = subprocess.run([*command, str(host.server_file)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
 
 def test_the_servers_certificate_is_made_anew_only_for_new_addresses(tmp_path: Path):
     host = identity.create(tmp_path / "host")
     identity.certify_server(host, ["192.0.2.7", "workstation"])
-    first = host.server_files[0].read_bytes()
+    first = host.server_file.read_bytes()
     identity.certify_server(host, ["workstation"])
-    assert host.server_files[0].read_bytes() == first
+    assert host.server_file.read_bytes() == first
     identity.certify_server(host, ["192.0.2.8"])
-    assert host.server_files[0].read_bytes() != first
-    assert host.server_files[1].stat().st_mode & 0o077 == 0
+    assert host.server_file.read_bytes() != first
+    assert host.server_file.stat().st_mode & 0o077 == 0
+
+
+def test_a_damaged_or_half_written_certificate_is_made_anew(tmp_path: Path):
+    host = identity.create(tmp_path / "host")
+    identity.certify_server(host, ["workstation"])
+    whole = host.server_file.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], whole.replace(b"PRIVATE", b"PUBLIC"), b"nonsense"):
+        host.server_file.write_bytes(damaged)
+        identity.certify_server(host, ["workstation"])
+        pinned = tls.pinned(host.authority_pem, tls.HOST_NAME)
+        assert handshake(host.server_file, host.server_file, pinned) == "TLSv1.3"
 
 
 def test_what_is_no_key_gets_no_certificate(tmp_path: Path):

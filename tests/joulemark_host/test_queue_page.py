@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from joulemark.wire import Problem, RunSpec
-from joulemark_host.dispatch import QueuedRun, RunStatus
 from joulemark_host.queue_page import queue_page
+from joulemark_host.run_queue import QueuedRun, RunStatus
 
 ARTIFACT = "a" * 64
 

@@ -16,7 +16,7 @@ from joulemark.metrics import METRICS
 from joulemark.wire import Absent, Measure, Summary
 from joulemark_host import records as module
 from joulemark_host.facts import facts_of
-from joulemark_host.records import QUARANTINE_PER_RUN, Records, TooLarge, parse_record
+from joulemark_host.records import QUARANTINE_PER_RUN, Origin, Records, TooLarge, parse_record
 from tests.fixtures.records import make_record, make_summary, record_bytes
 
 
@@ -215,3 +215,18 @@ def test_a_database_that_cannot_be_used_is_said_so(tmp_path: Path):
     connection.close()
     with pytest.raises(BadInput, match="layout 99"):
         Records(f"sqlite:///{tmp_path / 'newer.db'}")
+
+
+def test_a_signature_that_comes_after_its_record_is_kept_and_the_first_one_stays(tmp_path: Path):
+    records = Records(f"sqlite:///{tmp_path / 'records.db'}")
+    record = make_record()
+    body, board = record_bytes(record), record.device.device_id
+    assert records.put(body) == "created" and records.signature("run-1") is None
+    assert records.put(body, "run-1", Origin(board, b"by the board")) == "unchanged"
+    assert records.signature("run-1") == b"by the board"
+    records.put(body, "run-1", Origin(board, b"another"))
+    records.put(body)
+    assert records.signature("run-1") == b"by the board"
+    with pytest.raises(NotFound):
+        records.signature("run-2")
+    records.close()

@@ -14,16 +14,9 @@ from joulemark.errors import BadInput, Conflict, Forbidden, JoulemarkError, NotA
 from joulemark.signing import SigningKey
 from joulemark_host.registry import KEY_LIFE_S, Caller, Registry
 from tests.fixtures.boards_at_host import Board
+from tests.fixtures.clocks import Clock
 
 HERE = "ab" * 32
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
