@@ -13,12 +13,14 @@ import socket
 import ssl
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
 
 from joulemark.errors import BadInput, Conflict, DigestMismatch, NotFound, Unavailable
-from joulemark.protocol import SessionRequest
+from joulemark.protocol import SessionAnswer, SessionRequest
 from joulemark.statements import Envelope, RecordStatement
 from joulemark.wire import Absent, DeviceFacts, Manifest
 from joulemark_agent import enrolment, hardware, identity
@@ -33,7 +35,7 @@ from joulemark_agent.ledger import Ledger
 from joulemark_agent.local_run import local_machine
 from joulemark_agent.machine import boot_id
 from joulemark_agent.orders import OrderBook
-from joulemark_agent.outbox import Outbox
+from joulemark_agent.outbox import Outbox, Sender
 from joulemark_agent.pulling import Puller
 from joulemark_agent.session import Session, new_instance_id
 from joulemark_agent.settings import Settings
@@ -149,6 +151,15 @@ def is_loopback(listener: socket.socket) -> bool:
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
+@dataclass(frozen=True)
+class _AtHost:
+    """What an agent has that belongs to a host."""
+
+    ledger: Ledger
+    book: OrderBook
+    session: Session
+
+
 def assemble(settings: Settings, who: Identity) -> Services:
     """All parts of an agent, not yet started. Raises OSError when the data folder cannot be written."""
     settings.data.mkdir(parents=True, exist_ok=True)
@@ -164,80 +175,101 @@ def assemble(settings: Settings, who: Identity) -> Services:
         sender.settle(SETTLE_S)
         puller.settle(SETTLE_S)
 
-    def put_aside(manifest: Manifest) -> None:
-        for entry in manifest.files:
-            # The record says that the file was damaged; what is done about it is the store's affair.
-            with contextlib.suppress(DigestMismatch):
-                store.verify_file(entry.sha256)
-
-    jobs = Jobs(journal, store, machine, outbox.add, make_quiet, put_aside)
+    def silent() -> bool:
+        return jobs.busy() or (at_host is not None and not at_host.session.ready())
 
     def device() -> DeviceFacts:
         return machine.facts(Absent(reason="measured at the beginning of a run"))
 
+    def stop() -> None:
+        if at_host is not None:
+            at_host.session.stop()
+        for part in (sender, puller, jobs):
+            part.stop()
+        for opened in (completions, journal, outbox, *([at_host.ledger] if at_host is not None else [])):
+            opened.close()
+
+    jobs = Jobs(journal, store, machine, outbox.add, make_quiet, lambda manifest: _put_aside(store, manifest))
+    link = _link(settings, who)
+    sender = outbox.sender(link, paused=silent, vouch=lambda run_id, body: _vouch(who, run_id, body))
+    puller = Puller(store, link, silent, settings.limit_rate)
+    at_host = None
+    if link is not None and who.membership is not None:
+        at_host = _at_host(settings, who, link, store, puller, jobs, device, lambda answer: names.append(answer.name))
+    host_key = who.membership.host.signing_key if who.membership is not None else None
+    token = None if settings.open_to_all else local_token(who.folder)
+    gate = Gate(who.device_id, host_key, token, time.monotonic, settings.open_to_all)
+    starting = [completions, jobs, sender, *([at_host.session] if at_host is not None else [])]
+    return Services(
+        store,
+        jobs,
+        outbox,
+        completions,
+        puller,
+        gate,
+        at_host.book if at_host is not None else None,
+        device,
+        notes=lambda: _notes(outbox.note(), journal.note, jobs.trouble(), at_host),
+        start=lambda: _start(*starting),
+        stop=stop,
+    )
+
+
+def _at_host(
+    settings: Settings,
+    who: Identity,
+    link: HostLink,
+    store: Store,
+    puller: Puller,
+    jobs: Jobs,
+    device: Callable[[], DeviceFacts],
+    on_answer: Callable[[SessionAnswer], None],
+) -> _AtHost:
+    assert who.membership is not None
+    boot = boot_id(settings.roots)
+    ledger = Ledger(settings.data / "ledger.sqlite", time.monotonic)
+    host_key = who.membership.host.signing_key
+    book = OrderBook(who.device_id, host_key, ledger, store, puller, jobs, link.pack, time.monotonic)
+
     def presentation() -> SessionRequest:
-        boot = boot_id(settings.roots)
         return SessionRequest(
-            instance_id=instance_id,
+            instance_id=link.instance_id,
             boot_id=boot if isinstance(boot, str) else "unknown",
             hardware=hardware.digest(settings.roots, who.key.public),
             facts=device(),
         )
 
-    instance_id = new_instance_id()
-    link = _link(settings, who, instance_id)
-
-    def silent() -> bool:
-        return jobs.busy() or (session is not None and not session.ready())
-
-    def vouch(run_id: str, body: bytes) -> Envelope:
-        digest = hashlib.sha256(body).hexdigest()
-        return who.key.sign(RecordStatement(device_id=who.device_id, run_id=run_id, record_sha256=digest))
-
-    sender = outbox.sender(link, paused=silent, vouch=vouch)
-    puller = Puller(store, link, silent, settings.limit_rate)
-    ledger, book, session = None, None, None
-    if link is not None and who.membership is not None:
-        ledger = Ledger(settings.data / "ledger.sqlite", time.monotonic)
-        host_key = who.membership.host.signing_key
-        book = OrderBook(who.device_id, host_key, ledger, store, puller, jobs, link.pack, time.monotonic)
-        session = Session(link, book, presentation, jobs.current, lambda answer: names.append(answer.name))
-
-    def notes() -> tuple[str, ...]:
-        found = [outbox.note(), journal.note, jobs.trouble()]
-        found += [ledger.note if ledger is not None else None, session.note() if session is not None else None]
-        return tuple(note for note in found if note)
-
-    def start() -> None:
-        completions.start()
-        jobs.start()
-        sender.start()
-        if session is not None:
-            session.start()
-
-    def stop() -> None:
-        if session is not None:
-            session.stop()
-        sender.stop()
-        puller.stop()
-        jobs.stop()
-        completions.close()
-        journal.close()
-        outbox.close()
-        if ledger is not None:
-            ledger.close()
-
-    host_key = who.membership.host.signing_key if who.membership is not None else None
-    token = None if settings.open_to_all else local_token(who.folder)
-    gate = Gate(who.device_id, host_key, token, time.monotonic, settings.open_to_all)
-    return Services(store, jobs, outbox, completions, puller, gate, book, device, notes, start, stop)
+    return _AtHost(ledger, book, Session(link, book, presentation, jobs.current, on_answer))
 
 
-def _link(settings: Settings, who: Identity, instance_id: str) -> HostLink | None:
+def _start(*parts: Completions | Jobs | Sender | Session) -> None:
+    for part in parts:
+        part.start()
+
+
+def _notes(outbox: str | None, journal: str | None, trouble: str | None, at_host: _AtHost | None) -> tuple[str, ...]:
+    found = [outbox, journal, trouble]
+    if at_host is not None:
+        found += [at_host.ledger.note, at_host.session.note()]
+    return tuple(note for note in found if note)
+
+
+def _put_aside(store: Store, manifest: Manifest) -> None:
+    """Has the store look at an artifact's files again. The record says that one was damaged; what is done is the store's affair."""
+    for entry in manifest.files:
+        with contextlib.suppress(DigestMismatch):
+            store.verify_file(entry.sha256)
+
+
+def _vouch(who: Identity, run_id: str, body: bytes) -> Envelope:
+    digest = hashlib.sha256(body).hexdigest()
+    return who.key.sign(RecordStatement(device_id=who.device_id, run_id=run_id, record_sha256=digest))
+
+
+def _link(settings: Settings, who: Identity) -> HostLink | None:
     if who.membership is not None:
-        return HostLink(
-            who.membership.host_url, who.credential, instance_id, authority_pem=who.membership.host.authority_pem
-        )
+        authority = who.membership.host.authority_pem
+        return HostLink(who.membership.host_url, who.credential, new_instance_id(), authority_pem=authority)
     if settings.host_url is not None and settings.open_to_all:
         return HostLink(checked_url(settings.host_url))
     return None

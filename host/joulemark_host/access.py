@@ -17,7 +17,8 @@ from joulemark.attempts import Attempts
 from joulemark.credentials import Credential
 from joulemark.errors import Forbidden
 from joulemark.protocol import INSTANCE_HEADER
-from joulemark_host.registry import Caller, Registry, Role, refused
+from joulemark_host.credential_book import Role, refused
+from joulemark_host.registry import Caller, Registry
 
 COOKIE = "joulemark"
 ANYBODY = Caller("operator", "anybody on this machine")

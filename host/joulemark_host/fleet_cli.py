@@ -239,6 +239,28 @@ def rename(
 
 
 @devices_app.command()
+def group(
+    name: Annotated[str, typer.Argument(help="The group's name.")],
+    boards: Annotated[list[str] | None, typer.Argument(help="Boards by name or id; without any: who is in it.")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Take the boards out of the group instead.")] = False,
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+) -> None:
+    """Put boards into a group, which `push`, `run` and `sweep` take for their names.
+
+    Example: joulemark devices group lab pi5 kitchen; joulemark push model.gguf --to lab
+    """
+    dispatch, console = open_dispatch(data, database), terminal()
+    try:
+        if boards:
+            dispatch.group(name, list(dispatch.devices(",".join(boards))), member=not remove)
+        members = dispatch.groups().get(name, [])
+    finally:
+        dispatch.close()
+    console.print(f"{name}: {', '.join(members) or 'nobody'}", markup=False, highlight=False)
+
+
+@devices_app.command()
 def revoke(name: NameArgument, data: DataOption = DEFAULT_DATA, database: DatabaseOption = None) -> None:
     """End a board's credential for good: a lost card, a board that is given away. Its records stay."""
     _decide(data, database, name, "revoke", "revoked")

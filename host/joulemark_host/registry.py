@@ -1,8 +1,8 @@
-"""The host's book of boards and people: one-time keys, enrolment, credentials, sessions, and what operators decide about them.
+"""The host's book of boards and people: enrolment, sessions, and what operators decide about them; secrets are `credential_book`'s affair.
 
-Every change is one transaction with its event, so that the book can be read later. Secrets are compared by digest and in constant time;
-they are never stored. One identity on two boards is noticed in two ways: the hardware's digest differs from the one that enrolled, or an
-instance of the agent speaks that a newer one had already replaced. Not aware of HTTP. Times are seconds of the clock that is passed in.
+Every change is one transaction with its event, so that the book can be read later. One identity on two boards is noticed in two ways: the
+hardware's digest differs from the one that enrolled, or an instance of the agent speaks that a newer one had already replaced. Not aware of
+HTTP. Times are seconds of the clock that is passed in.
 """
 
 from __future__ import annotations
@@ -13,29 +13,27 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, RowMapping
 
 from joulemark import credentials, signing
 from joulemark.credentials import Credential, EnrolmentKey
-from joulemark.errors import BadInput, Conflict, Forbidden, NotAuthenticated, NotFound, Untrusted
+from joulemark.errors import BadInput, Conflict, Forbidden, NotFound, Untrusted
 from joulemark.plain_text import printable
 from joulemark.protocol import Admission, DeviceRow, EnrolmentRequest, SessionRequest
 from joulemark.statements import EnrolmentStatement, PublicKey
 from joulemark.wire import DeviceFacts
-from joulemark_host.fleet_tables import CREDENTIALS, DEVICES, ENROLMENT_KEYS, EVENTS, SESSIONS
+from joulemark_host import credential_book
+from joulemark_host.credential_book import Person, Role, SpentKey, refused
+from joulemark_host.fleet_tables import DEVICES, EVENTS, SESSIONS
 from joulemark_host.tables import open_database, transaction
 
-Role = Literal["device", "operator", "viewer"]
 KEY_LIFE_S = 24 * 3600.0
 SEEN_EVERY_S = 5.0
 """`seen_at` is written at most this often for each board: a thousand of them poll."""
 MAX_NAME = 60
-
-_REFUSED = "the credential is missing, wrong, expired or revoked"
-_REFUSED_HINT = "enrol again: `joulemark host token` on the host prints a key"
 
 
 @dataclass(frozen=True)
@@ -47,15 +45,6 @@ class Caller:
 
 
 @dataclass(frozen=True)
-class Person:
-    """Somebody with a credential that is valid."""
-
-    name: str
-    role: Role
-    issued_at: float
-
-
-@dataclass(frozen=True)
 class Event:
     """Something that happened to the fleet."""
 
@@ -64,15 +53,6 @@ class Event:
     what: str
     about: str
     detail: str
-
-
-def refused() -> NotAuthenticated:
-    """The one answer to everybody who is not known."""
-    return NotAuthenticated(_REFUSED, _REFUSED_HINT)
-
-
-class _SpentKey(Exception):
-    """A one-time key with the right secret, used already or too old."""
 
 
 class Registry:
@@ -91,89 +71,70 @@ class Registry:
         """Seconds since 1970 by the host's clock."""
         return self._clock()
 
-    # --- one-time keys ------------------------------------------------------------------------------------------------
+    # --- getting in ---------------------------------------------------------------------------------------------------
     def issue_key(self, role: Role, who: str, approved: bool = False, life_s: float = KEY_LIFE_S) -> EnrolmentKey:
         """A new one-time key, shown once. `approved`: the board that uses it needs no further word of an operator."""
         key = EnrolmentKey(credentials.new_id(), credentials.new_secret(), self._fingerprint)
-        now = self._clock()
-        row = {"id": key.id, "digest": credentials.digest(key.secret), "role": role, "approved": approved}
         with self._change() as connection:
-            connection.execute(sa.insert(ENROLMENT_KEYS).values(issued_at=now, expires_at=now + life_s, **row))
+            credential_book.add_key(connection, key, role, approved, self._clock(), life_s)
             self._note(connection, who, "key issued", key.id, f"role {role}, {life_s / 3600:g} h")
         return key
 
-    def enrol(self, request: EnrolmentRequest, address: str) -> tuple[DeviceRow, Credential]:
-        """Takes a board in and gives it its credential.
+    def enrol(self, request: EnrolmentRequest, address: str) -> tuple[DeviceRow, Credential, EnrolmentStatement]:
+        """Takes a board in: its row, its credential, and what it said of itself, checked.
 
         Burns the one-time key. The same board may repeat its request while the key is valid, because the answer may have been lost: it
         then gets a new credential and the former one ends. Raises NotAuthenticated, Untrusted, or Forbidden for a revoked board.
         """
         said = self._proven(request)
-        new = Credential(credentials.new_id(), credentials.new_secret())
         with self._alarms(said.key_id, said.device_id), self._change() as connection:
-            key = self._usable_key(connection, said.key_id, request.secret, "device", said.device_id)
-            known = _device(connection, said.device_id)
-            if known is not None and known["admission"] == "revoked":
-                raise Forbidden(
-                    f"the board {known['name']!r} was revoked",
-                    "give it a new identity: empty its data folder",
-                    "revoked",
-                )
-            name = known["name"] if known is not None else _free_name(connection, request.name)
-            self._keep_device(connection, said, request, name, address, bool(key["approved"]), known is None)
-            self._burn(connection, key, said.device_id)
-            self._replace_credential(connection, new, "device", said.device_id)
+            now = self._clock()
+            key = credential_book.usable_key(connection, said.key_id, request.secret, "device", said.device_id, now)
+            name = self._keep_device(connection, said, request, address, bool(key["approved"]))
+            credential_book.burn(connection, key, said.device_id, now)
+            credential = credential_book.new_credential(connection, "device", said.device_id, now)
             self._note(connection, said.device_id, "enrolled", said.device_id, f"as {name!r} from {address}")
-        return self.device(said.device_id), new
+        return self.device(said.device_id), credential, said
 
     def enrol_person(self, key: EnrolmentKey, name: str) -> tuple[Credential, Role]:
         """A credential for a person. Raises NotAuthenticated, Conflict for a taken name."""
-        new = Credential(credentials.new_id(), credentials.new_secret())
         with self._alarms(key.id, name), self._change() as connection:
-            row = self._usable_key(connection, key.id, key.secret, "person", name)
-            taken = sa.select(CREDENTIALS.c.id).where(_valid_person(), CREDENTIALS.c.subject == name)
-            if connection.execute(taken).first() is not None:
+            now = self._clock()
+            row = credential_book.usable_key(connection, key.id, key.secret, "person", name, now)
+            if credential_book.people(connection, name):
                 raise Conflict(
                     f"somebody is known here as {name!r}", "choose another name, such as one for this browser"
                 )
-            self._burn(connection, row, name)
-            self._replace_credential(connection, new, row["role"], name)
+            credential_book.burn(connection, row, name, now)
+            credential = credential_book.new_credential(connection, row["role"], name, now)
             self._note(connection, name, "signed in", name, f"as {row['role']}")
-        return new, row["role"]
+        return credential, row["role"]
+
+    def issue_credential(self, role: Role, name: str, who: str) -> Credential:
+        """A person's credential without a one-time key: for whoever sits at the host."""
+        with self._change() as connection:
+            credential = credential_book.new_credential(connection, role, name, self._clock())
+            self._note(connection, who, "credential issued", name, f"role {role}")
+        return credential
 
     def people(self) -> list[Person]:
         """Who may look or decide, by name."""
-        query = sa.select(CREDENTIALS).where(_valid_person()).order_by(CREDENTIALS.c.subject, CREDENTIALS.c.issued_at)
         with self._look() as connection:
-            return [Person(row.subject, row.role, row.issued_at) for row in connection.execute(query)]
+            return credential_book.people(connection)
 
     def revoke_person(self, name: str, who: str) -> None:
         """Ends a person's credentials. Raises NotFound."""
         with self._change() as connection:
-            mine = sa.and_(_valid_person(), CREDENTIALS.c.subject == name)
-            if connection.execute(sa.update(CREDENTIALS).where(mine).values(revoked_at=self._clock())).rowcount == 0:
+            if not credential_book.end_person(connection, name, self._clock()):
                 raise NotFound(f"nobody is known here as {name[:80]!r}", "`joulemark host people` lists them")
             self._note(connection, who, "revoked", name, "a person's credential")
-
-    def issue_credential(self, role: Role, name: str, who: str) -> Credential:
-        """A person's credential without a one-time key: for whoever sits at the host."""
-        new = Credential(credentials.new_id(), credentials.new_secret())
-        with self._change() as connection:
-            self._replace_credential(connection, new, role, name)
-            self._note(connection, who, "credential issued", name, f"role {role}")
-        return new
 
     # --- who asks -----------------------------------------------------------------------------------------------------
     def caller(self, credential: Credential) -> Caller | None:
         """Who shows this credential; None when nobody does, or no more."""
-        query = sa.select(CREDENTIALS).where(CREDENTIALS.c.id == credential.id)
         with self._look() as connection:
-            row = connection.execute(query).mappings().first()
-        # Compared also where there is no such row, so that an id that exists takes no longer than one that does not.
-        right = credentials.matches(credential.secret, row["digest"] if row is not None else "0" * 64)
-        if row is None or not right or row["revoked_at"] is not None:
-            return None
-        return Caller(row["role"], row["subject"])
+            found = credential_book.holder(connection, credential)
+        return Caller(*found) if found is not None else None
 
     def begin_session(self, device_id: str, request: SessionRequest, address: str) -> DeviceRow:
         """An agent has started. Raises Conflict (code `cloned`) when its identity is in use on another board."""
@@ -259,8 +220,7 @@ class Registry:
         with self._change() as connection:
             device = _named(connection, name_or_id)
             self._set(connection, device, admission="revoked", problem=None)
-            mine = CREDENTIALS.c.subject == device["device_id"]
-            connection.execute(sa.update(CREDENTIALS).where(mine).values(revoked_at=self._clock()))
+            credential_book.end_device(connection, device["device_id"], self._clock())
             self._note(connection, who, "revoked", device["device_id"], device["name"])
         return self.device(device["device_id"])
 
@@ -285,76 +245,44 @@ class Registry:
             raise Untrusted("the board's id is not the one of its key", "update joulemark on the board")
         return said
 
-    def _usable_key(
-        self, connection: Connection, key_id: str, secret: str, kind: Literal["device", "person"], by: str
-    ) -> RowMapping:
-        row = connection.execute(sa.select(ENROLMENT_KEYS).where(ENROLMENT_KEYS.c.id == key_id)).mappings().first()
-        right = credentials.matches(secret, row["digest"] if row is not None else "0" * 64)
-        if row is None or not right or (row["role"] == "device") != (kind == "device"):
-            raise refused()
-        repeated = kind == "device" and row["used_by"] == by
-        if self._clock() >= row["expires_at"] or (row["used_at"] is not None and not repeated):
-            raise _SpentKey
-        return row
-
     @contextmanager
     def _alarms(self, key_id: str, by: str) -> Generator[None, None, None]:
         """Notes a right secret that is used up or too old: somebody has it who should not, or came late. The answer does not tell."""
         try:
             yield
-        except _SpentKey:
+        except SpentKey:
             with self._change() as connection:
                 self._note(connection, by[:80], "refused", key_id, "a one-time key was shown after its use or its end")
             raise refused() from None
 
     def _keep_device(
-        self,
-        connection: Connection,
-        said: EnrolmentStatement,
-        request: EnrolmentRequest,
-        name: str,
-        address: str,
-        approved: bool,
-        new: bool,
-    ) -> None:
+        self, connection: Connection, said: EnrolmentStatement, request: EnrolmentRequest, address: str, approved: bool
+    ) -> str:
+        """Writes a board that enrols into the book; the name that it has there. Raises Forbidden for a revoked one."""
         now = self._clock()
+        known = _device(connection, said.device_id)
         values: dict[str, Any] = {
             "tls_public_key": said.tls_public_key,
             "hardware": request.hardware,
             "address": address,
             "facts": request.facts.model_dump(mode="json"),
         }
-        if new:
-            values |= {"device_id": said.device_id, "public_key": said.public_key, "name": name, "enrolled_at": now}
-            values |= {"revision": 0, "last_order": 0}
-            values |= {"admission": "approved" if approved else "pending", "approved_at": now if approved else None}
-            connection.execute(sa.insert(DEVICES).values(**values))
-        else:
-            mine = DEVICES.c.device_id == said.device_id
-            connection.execute(sa.update(DEVICES).where(mine).values(**values))
-            if approved:  # whoever gave this key to the board has decided, also about one that was stopped as a copy
-                decided = {"admission": "approved", "approved_at": now, "problem": None}
-                connection.execute(sa.update(DEVICES).where(mine).values(**decided))
+        if approved:  # whoever gave this key to the board has decided, also about one that was stopped as a copy
+            values |= {"admission": "approved", "approved_at": now, "problem": None}
         # Enrolling begins a new life of the identity: what spoke before it does not count as a copy.
         connection.execute(sa.delete(SESSIONS).where(SESSIONS.c.device_id == said.device_id))
-
-    def _burn(self, connection: Connection, key: RowMapping, by: str) -> None:
-        values = {"used_at": key["used_at"] or self._clock(), "used_by": by}
-        changed = connection.execute(
-            sa.update(ENROLMENT_KEYS)
-            .where(ENROLMENT_KEYS.c.id == key["id"])
-            .where(sa.or_(ENROLMENT_KEYS.c.used_at.is_(None), ENROLMENT_KEYS.c.used_by == by))
-            .values(**values)
-        )
-        if changed.rowcount != 1:  # another board was faster with the same key
-            raise refused()
-
-    def _replace_credential(self, connection: Connection, new: Credential, role: str, subject: str) -> None:
-        now = self._clock()
-        mine = sa.and_(CREDENTIALS.c.subject == subject, CREDENTIALS.c.role == role, CREDENTIALS.c.revoked_at.is_(None))
-        connection.execute(sa.update(CREDENTIALS).where(mine).values(revoked_at=now))
-        row = {"id": new.id, "digest": credentials.digest(new.secret), "role": role, "subject": subject}
-        connection.execute(sa.insert(CREDENTIALS).values(issued_at=now, **row))
+        if known is None:
+            name = _free_name(connection, request.name)
+            first = {"device_id": said.device_id, "public_key": said.public_key, "name": name, "enrolled_at": now}
+            values = {"admission": "pending", "revision": 0, "last_order": 0, **first, **values}
+            connection.execute(sa.insert(DEVICES).values(**values))
+            return name
+        if known["admission"] == "revoked":
+            raise Forbidden(
+                f"the board {known['name']!r} was revoked", "give it a new identity: empty its data folder", "revoked"
+            )
+        self._set(connection, known, **values)
+        return known["name"]
 
     def _open_session(
         self, connection: Connection, device: RowMapping, request: SessionRequest, address: str
@@ -418,10 +346,6 @@ class Registry:
 def device_id_of(public_key: str) -> str:
     """A board's id: it follows from its key, so that nobody can claim another's."""
     return f"dev-{signing.key_id(public_key)}"
-
-
-def _valid_person() -> Any:
-    return sa.and_(CREDENTIALS.c.role != "device", CREDENTIALS.c.revoked_at.is_(None))
 
 
 def _cloned(message: str) -> Conflict:

@@ -17,7 +17,7 @@ import pytest
 from joulemark.errors import Untrusted
 from joulemark.signing import SigningKey, opened
 from joulemark.statements import FetchOrder, RecordStatement, RunOrder, read_envelope, write_envelope
-from joulemark.wire import RunRecord, RunSpec
+from joulemark.wire import RunRecord, RunSpec, content_id
 from joulemark_agent import identity as agent_identity
 from joulemark_host.client import AgentClient
 from joulemark_host.evaluation import Subject, push, run_task
@@ -72,6 +72,11 @@ def test_pushed_by_name_and_run_by_name(host: HostProcess, board: AgentProcess, 
     wait_until(lambda: [(run.run_id, run.status, run.items_done) for run in host.dispatch.runs()] == wanted)
     record = RunRecord.model_validate_json(host.records.raw("first"))
     assert record.status == "done" and [item.doc_id for item in record.items] == list(range(12))
+    assert joulemark(host, "devices", "group", "lab", "board").stdout == "lab: board\n"
+    again = joulemark(host, "push", "tiny", "--to", "lab", "--json")
+    assert [found["state"] for found in json.loads(again.stdout)] == ["in_sync"]
+    assert joulemark(host, "devices", "group", "lab", "board", "--remove").stdout == "lab: nobody\n"
+    assert joulemark(host, "push", "tiny", "--to", "lab").returncode == 1
     listed = joulemark(host, "artifacts", "--device", "board")
     assert "in_sync" in listed.stdout and "tiny" in listed.stdout
 
@@ -210,6 +215,30 @@ def test_a_board_that_its_host_cannot_reach_is_served_by_hand(host: HostProcess,
     host.start()
     wait_until(lambda: len(host.records.facts()) == 1, 60)
     assert status(host, record.spec.run_id) == "done"
+
+
+def test_what_was_brought_by_hand_does_not_overtake_what_waits(host: HostProcess, board: AgentProcess, tmp_path: Path):
+    """Orders are accepted in rising numbers only. One that was overtaken is refused, told, and signed anew by the host."""
+    waits = make_subject(host, tmp_path / "waits", 3, "waits")
+    wait_until(lambda: device_seen(host))
+    host.stop()
+    device_id = host.registry.device("board").device_id
+    host.dispatch.push(device_id, waits.manifest)  # number 1, which the board cannot fetch now
+    by_hand = waits.manifest.model_copy(update={"name": "by-hand"})  # number 2
+    host.dispatch.push(device_id, by_hand)
+    order = host.dispatch.fetch_order(device_id, content_id(by_hand))
+    assert board.client.post("/api/orders", content=order).status_code == 201
+    host.start()
+
+    def states() -> dict[str, str]:
+        return {target.artifact_id: target.state for target in host.dispatch.targets(device_id)}
+
+    wanted = {waits.artifact_id: "in_sync", content_id(by_hand): "in_sync"}
+    wait_until(lambda: states() == wanted, 60)
+    again = opened(
+        read_envelope(host.dispatch.fetch_order(device_id, waits.artifact_id)), FetchOrder, [host.identity.key.public]
+    )
+    assert again.sequence == 3
 
 
 def test_a_sweep_is_asked_for_again_cancelled_and_resumed(host: HostProcess, board: AgentProcess, tmp_path: Path):

@@ -251,14 +251,17 @@ def test_an_agent_that_is_killed_in_mid_transfer_goes_on(tmp_path: Path):
         shelved = shelve(host, 30_000_011)
         agent = enrolled(host, tmp_path / "board")
         try:
-            _kill_while_it_fetches(host, agent, shelved)
+            stored = _kill_while_it_fetches(host, agent, shelved)
+            assert hashlib.sha256(stored.read_bytes()).hexdigest() == shelved.entry.sha256
+            assert [path.name for path in stored.parent.iterdir()] == [stored.name]  # no part of it is left
         finally:
             agent.stop()
     finally:
         host.close()
 
 
-def _kill_while_it_fetches(host: HostProcess, agent: AgentProcess, shelved: Shelved) -> None:
+def _kill_while_it_fetches(host: HostProcess, agent: AgentProcess, shelved: Shelved) -> Path:
+    """Kills the agent four times while it fetches, then lets it finish; the stored file."""
     dice = random.Random(7)
     device_id = host.registry.device("board").device_id
     part = agent.data / "store" / "files" / shelved.entry.sha256[:2] / f"{shelved.entry.sha256}.part"
@@ -276,5 +279,4 @@ def _kill_while_it_fetches(host: HostProcess, agent: AgentProcess, shelved: Shel
         agent.start()
         assert shelved.artifact_id not in agent.client.get("/api/artifacts").json()
     wait_until(lambda: host.dispatch.targets(device_id)[0].state == "in_sync", 60)
-    stored = part.with_suffix("")
-    assert hashlib.sha256(stored.read_bytes()).hexdigest() == shelved.entry.sha256 and not part.exists()
+    return part.with_suffix("")

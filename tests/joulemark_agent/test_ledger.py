@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,7 +59,9 @@ def test_numbers_rise_and_the_very_same_order_may_come_again(ledger: Ledger):
     refused(ledger, run(5, "another"), "replay")
     refused(ledger, run(4), "replay")
     refused(ledger, fetch(5, 1), "replay")
+    assert ledger.accepted() == 5
     ledger.accept(run(6))
+    assert ledger.accepted() == 6
 
 
 def test_it_holds_after_a_crash(tmp_path: Path, ledger: Ledger, clock: Clock):
@@ -70,6 +73,7 @@ def test_it_holds_after_a_crash(tmp_path: Path, ledger: Ledger, clock: Clock):
     again.accept(run(7))
     refused(again, fetch(9, 2), "older than 3")
     refused(again, run(10, expires_at=49 * YEAR), "expired")
+    assert again.accepted() == 8
     again.close()
 
 
@@ -98,12 +102,15 @@ def test_releases_do_not_go_back_unless_told(ledger: Ledger):
     ledger.accept(fetch(3, 1, name="another"))
     ledger.accept(fetch(4, 2, downgrade=True))
     ledger.accept(fetch(5, 3))
+    assert ledger.accepted() == 5
 
 
 def test_it_stays_small(ledger: Ledger):
     for sequence in range(1, 30):
         ledger.accept(run(sequence * KEEP))
     refused(ledger, run(KEEP), "replay")
+    with sqlite3.connect(ledger._path) as database:
+        assert database.execute("SELECT count(*) FROM accepted").fetchone() == (1,)
 
 
 @settings(max_examples=60, deadline=None)

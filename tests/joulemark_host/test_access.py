@@ -18,10 +18,11 @@ from joulemark.tls import fingerprint
 from joulemark_host import identity
 from joulemark_host.access import Access
 from joulemark_host.api import create_app
+from joulemark_host.credential_book import Role
 from joulemark_host.dispatch import Dispatch
 from joulemark_host.identity import HostIdentity
 from joulemark_host.records import Records
-from joulemark_host.registry import Registry, Role
+from joulemark_host.registry import Registry
 from joulemark_host.shelf import Shelf
 from tests.fixtures.boards_at_host import Board
 from tests.fixtures.gguf_files import llama, whole

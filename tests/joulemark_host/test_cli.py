@@ -120,6 +120,29 @@ def test_a_host_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.parametrize(
+    ("missing", "arguments", "says"),
+    [
+        ("cryptography", ["host", "init"], "pip install cryptography"),
+        ("nacl", ["host", "init"], "joulemark[agent]"),
+        ("nacl", ["agent", "--open", "--listen", "127.0.0.1:0"], "joulemark[agent]"),
+        ("sqlalchemy", ["records"], "pip install sqlalchemy"),
+    ],
+)
+def test_a_part_that_is_not_installed_is_said_and_nothing_is_left(
+    tmp_path: Path, missing: str, arguments: list[str], says: str
+):
+    code = (
+        "import sys\n"
+        f"sys.modules[{missing!r}] = None\n"
+        "from joulemark.__main__ import main\n"
+        f"sys.exit(main({[*arguments, '--data', str(tmp_path / 'd')]!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and says in done.stderr, done.stderr
+    assert not (tmp_path / "d" / "identity" / "signing.key").exists()
+
+
 def test_a_port_in_use_is_one_clear_line_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with bind("127.0.0.1:0", False) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"

@@ -33,7 +33,7 @@ def registry(tmp_path: Path, clock: Clock) -> Iterator[Registry]:
 
 def enrol(registry: Registry, board: Board, approved: bool = True) -> Board:
     key = registry.issue_key("device", "ann", approved)
-    _, board.credential = registry.enrol(board.enrolment(key), "192.0.2.5")
+    _, board.credential, _ = registry.enrol(board.enrolment(key), "192.0.2.5")
     return board
 
 
@@ -63,8 +63,8 @@ def test_a_board_gets_in_waits_is_approved_and_takes_part(registry: Registry):
 def test_a_key_is_good_for_one_board_only_and_its_answer_may_be_asked_for_again(registry: Registry):
     key = registry.issue_key("device", "ann", approved=True)
     first = Board()
-    _, lost = registry.enrol(first.enrolment(key), "192.0.2.5")
-    _, again = registry.enrol(first.enrolment(key), "192.0.2.5")
+    _, lost, _ = registry.enrol(first.enrolment(key), "192.0.2.5")
+    _, again, _ = registry.enrol(first.enrolment(key), "192.0.2.5")
     assert registry.caller(lost) is None and registry.caller(again) is not None
     with pytest.raises(NotAuthenticated):
         registry.enrol(Board("thief").enrolment(key), "192.0.2.66")

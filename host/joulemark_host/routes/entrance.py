@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Request
@@ -10,9 +12,9 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from joulemark import __version__, credentials
-from joulemark.errors import BadInput, JoulemarkError, NotAuthenticated
+from joulemark.errors import BadInput, JoulemarkError, NotAuthenticated, Untrusted
 from joulemark.protocol import EnrolmentAnswer, EnrolmentRequest, HostFacts, PersonAnswer, PersonRequest
-from joulemark.statements import DeviceStatement, EnrolmentStatement
+from joulemark.statements import DeviceStatement
 from joulemark.wire import Identifier
 from joulemark_host.access import COOKIE, Access, address_of
 from joulemark_host.identity import HostIdentity, certify_device
@@ -35,44 +37,14 @@ def create_router(identity: HostIdentity, registry: Registry, access: Access) ->
     @router.post("/api/enrolment", status_code=201)
     async def enrol(request: Request) -> EnrolmentAnswer:
         asked = await parsed_body(EnrolmentRequest, request.stream(), request.headers.get("content-length"))
-        return await run_in_threadpool(take_in, request, asked)
-
-    def take_in(request: Request, asked: EnrolmentRequest) -> EnrolmentAnswer:
-        try:
-            device, credential = registry.enrol(asked, address_of(request))
-        except NotAuthenticated:
-            access.failed(request)
-            raise
-        claimed = EnrolmentStatement.model_validate_json(asked.statement.body())  # the registry has checked it
-        said = DeviceStatement(
-            device_id=device.device_id,
-            name=device.name,
-            public_key=claimed.public_key,
-            issued_at=device.enrolled_at,
-        )
-        return EnrolmentAnswer(
-            device_id=device.device_id,
-            name=device.name,
-            admission=device.admission,
-            credential=credential.text(),
-            host=facts,
-            certificate_pem=certify_device(identity, device.device_id, claimed.tls_public_key),
-            device=identity.key.sign(said),
-        )
+        with _counted(access, request):
+            return await run_in_threadpool(_take_in, identity, facts, registry, asked, address_of(request))
 
     @router.post("/api/people", status_code=201)
     async def sign_in(request: Request) -> PersonAnswer:
         asked = await parsed_body(PersonRequest, request.stream(), request.headers.get("content-length"))
-        return await run_in_threadpool(welcome, request, asked.key, asked.name)
-
-    def welcome(request: Request, key: str, name: str) -> PersonAnswer:
-        try:
-            credential, role = registry.enrol_person(credentials.parse_enrolment_key(key), name)
-        except (NotAuthenticated, BadInput):
-            access.failed(request)
-            raise
-        assert role != "device"
-        return PersonAnswer(credential=credential.text(), role=role)
+        with _counted(access, request):
+            return await run_in_threadpool(_welcome, registry, asked.key, asked.name)
 
     @router.get("/enter", response_class=HTMLResponse)
     def entrance() -> str:
@@ -84,7 +56,8 @@ def create_router(identity: HostIdentity, registry: Registry, access: Access) ->
         fields = parse_qs(body.decode("utf-8", "replace"), max_num_fields=8)
         key, name = (fields.get(field, [""])[0].strip() for field in ("key", "name"))
         try:
-            answer = await run_in_threadpool(welcome, request, key, _identifier(name))
+            with _counted(access, request):
+                answer = await run_in_threadpool(_welcome, registry, key, _identifier(name))
         except JoulemarkError as error:
             return HTMLResponse(entrance_page(error.message, error.hint), 403)
         response = RedirectResponse("/", 303)
@@ -95,6 +68,44 @@ def create_router(identity: HostIdentity, registry: Registry, access: Access) ->
         return response
 
     return router
+
+
+@contextmanager
+def _counted(access: Access, request: Request) -> Generator[None, None, None]:
+    """Notes a key that was wrong. Raises TooManyAttempts in its place once there were too many."""
+    try:
+        yield
+    except (NotAuthenticated, BadInput) as error:
+        if not isinstance(error, Untrusted):  # a signature does not become right by trying
+            access.failed(request)
+        raise
+
+
+def _take_in(
+    identity: HostIdentity, facts: HostFacts, registry: Registry, asked: EnrolmentRequest, address: str
+) -> EnrolmentAnswer:
+    device, credential, claimed = registry.enrol(asked, address)
+    said = DeviceStatement(
+        device_id=device.device_id,
+        name=device.name,
+        public_key=claimed.public_key,
+        issued_at=device.enrolled_at,
+    )
+    return EnrolmentAnswer(
+        device_id=device.device_id,
+        name=device.name,
+        admission=device.admission,
+        credential=credential.text(),
+        host=facts,
+        certificate_pem=certify_device(identity, device.device_id, claimed.tls_public_key),
+        device=identity.key.sign(said),
+    )
+
+
+def _welcome(registry: Registry, key: str, name: str) -> PersonAnswer:
+    credential, role = registry.enrol_person(credentials.parse_enrolment_key(key), name)
+    assert role != "device"
+    return PersonAnswer(credential=credential.text(), role=role)
 
 
 def _identifier(name: str) -> str:
