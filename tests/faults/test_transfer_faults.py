@@ -223,6 +223,25 @@ def test_while_a_run_is_measured_nothing_is_fetched(plain: Shelved, tmp_path: Pa
     assert whole(store, plain)
 
 
+def test_a_run_waits_for_the_read_that_is_in_flight(plain: Shelved, tmp_path: Path):
+    """The network is slow: what was asked for before the run began may still arrive, and must have arrived before anything is measured."""
+    store, busy = Store(tmp_path / "store"), threading.Event()
+    with FaultProxy(plain.host.port, [Fault("pause", 1_000_000, 1.5)]) as proxy:
+        puller = Puller(store, plain.link(proxy.url), paused=busy.is_set)
+        store.announce(plain.manifest)
+        puller.start(plain.artifact_id)
+        wait_until(lambda: store.offset(plain.entry.sha256) > 800_000)
+        busy.set()
+        assert not puller.settle(0.2)
+        assert puller.settle(5.0)
+        held = store.offset(plain.entry.sha256)
+        time.sleep(0.5)
+        assert store.offset(plain.entry.sha256) == held < SIZE
+        busy.clear()
+        wait_until(lambda: not puller.active(plain.artifact_id), 20)
+    assert whole(store, plain)
+
+
 def test_a_transfer_that_is_asked_for_during_a_run_begins_after_it(plain: Shelved, tmp_path: Path):
     store, busy = Store(tmp_path / "store"), threading.Event()
     busy.set()
