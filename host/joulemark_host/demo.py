@@ -17,23 +17,22 @@ from pathlib import Path
 import httpx
 from rich.console import Console
 
-from joulemark import signing, sources, tls
+from joulemark import signing, tls
 from joulemark.errors import JoulemarkError, NotFound, Unavailable
 from joulemark.wire import RunRecord
 from joulemark_host import charts, identity, page
 from joulemark_host.client import AgentClient
 from joulemark_host.dispatch import Dispatch
-from joulemark_host.evaluation import Subject, push, run_task
+from joulemark_host.evaluation import push, run_task
 from joulemark_host.facts import RunFacts
 from joulemark_host.figures import Figure, draw
 from joulemark_host.identity import HostIdentity
-from joulemark_host.options import database_url, identity_folder
+from joulemark_host.options import database_url, identity_folder, subject_of
 from joulemark_host.processes import Child, free_port
-from joulemark_host.publishing import publish_model, publish_task
 from joulemark_host.records import Records
 from joulemark_host.registry import Registry
 from joulemark_host.shelf import Shelf
-from joulemark_host.terminal import absences, bar, explanations, result_table
+from joulemark_host.terminal import absences, explanations, result_table
 
 MODEL = "smollm2-135m-instruct-q4_1"
 TASKS = ("arc_challenge", "gsm8k_cot")
@@ -62,7 +61,7 @@ def demonstrate(out: Path, limit: int, keep: Path | None, console: Console) -> N
     started = time.monotonic()
     with _data_folder(keep, console) as data:
         shelf = Shelf(data / "host" / "shelf")
-        subject = _publish(shelf, console)
+        subject = subject_of(shelf, MODEL, ",".join(TASKS), console)
         with servers(data, console) as running:
             push(running.agent, shelf, subject, console, running.dispatch)
             for task in TASKS:
@@ -71,17 +70,6 @@ def demonstrate(out: Path, limit: int, keep: Path | None, console: Console) -> N
             runs = [run for run in running.records.facts() if run.artifact_id == subject.artifact_id][-len(TASKS) :]
     _report(runs, out, console)
     console.print(f"\nDone in {time.monotonic() - started:.0f} s.")
-
-
-def _publish(shelf: Shelf, console: Console) -> Subject:
-    cache = sources.default_cache()
-    with bar(console, f"fetch and publish {MODEL}") as progress:
-        artifact_id, manifest = publish_model(shelf, MODEL, cache, progress)
-    packs: dict[str, str] = {}
-    for task in TASKS:
-        with bar(console, f"fetch and render {task}") as progress:
-            packs[task] = publish_task(shelf, task, cache, progress)
-    return Subject(artifact_id, manifest, packs)
 
 
 @contextmanager

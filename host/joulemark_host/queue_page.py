@@ -9,11 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from joulemark_host.page import render
-from joulemark_host.run_queue import QueuedRun
+from joulemark_host.run_queue import QueuedRun, in_words
 from joulemark_host.sweep import counts, latest, over
-
-_WORDS = {"leased": "running"}
-"""What a person calls it."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ def queue_page(title: str, runs: Sequence[QueuedRun], models: Mapping[str, str])
         title=title,
         rows=rows,
         columns=columns,
-        counts=[(status, _WORDS.get(status, status), count) for status, count in sorted(counts(runs).items())],
+        counts=[(status, in_words(status), count) for status, count in sorted(counts(runs).items())],
         going_on=not over(current),
     )
 
@@ -58,6 +55,5 @@ def _column(run: QueuedRun, models: Mapping[str, str]) -> str:
 def _cell(run: QueuedRun | None) -> _Cell | None:
     if run is None:
         return None
-    word = _WORDS.get(run.status, run.status)
     problem = run.problem.message if run.problem is not None else ""
-    return _Cell(run.status, f"{word}: {run.phase}" if run.phase else word, run.items_done, run.items_total, problem)
+    return _Cell(run.status, run.words, run.items_done, run.items_total, problem)

@@ -47,12 +47,22 @@ class QueuedRun:
     queued_at: float
     changed_at: float
 
+    @property
+    def words(self) -> str:
+        """Where it stands, for people: a run that a board holds is running, and in which phase."""
+        return f"{in_words(self.status)}: {self.phase}" if self.phase is not None else in_words(self.status)
+
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
         return dict(vars(self)) | {
             "spec": self.spec.model_dump(mode="json"),
             "problem": self.problem.model_dump() if self.problem is not None else None,
         }
+
+
+def in_words(status: RunStatus) -> str:
+    """What a person calls a status."""
+    return "running" if status == "leased" else status
 
 
 class RunQueue:

@@ -15,7 +15,7 @@ from typing import Any
 from joulemark.wire import Identifier, RunSpec, canonical_json
 from joulemark_host.dispatch import Dispatch
 from joulemark_host.evaluation import Subject
-from joulemark_host.run_queue import ENDED, QueuedRun
+from joulemark_host.run_queue import ENDED, QueuedRun, RunStatus
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def queue(
     return added
 
 
-def counts(runs: Sequence[QueuedRun]) -> dict[str, int]:
+def counts(runs: Sequence[QueuedRun]) -> dict[RunStatus, int]:
     """How many runs are in which state; of several runs of one cell the latest counts."""
     return dict(Counter(run.status for run in latest(runs)))
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timezone
 
+from rich import filesize
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -220,7 +221,7 @@ def targets_table(targets: Sequence[Target], names: Mapping[str, str]) -> Table:
 def _share(target: Target) -> str:
     if target.received_bytes is None or target.size_bytes is None:
         return ""
-    return f"{target.received_bytes / 1e6:.1f} of {target.size_bytes / 1e6:.1f} MB"
+    return f"{filesize.decimal(target.received_bytes)} of {filesize.decimal(target.size_bytes)}"
 
 
 def queue_table(runs: Sequence[QueuedRun]) -> Table:
@@ -229,10 +230,9 @@ def queue_table(runs: Sequence[QueuedRun]) -> Table:
     for column in ("board", "run", "state", "items", "problem"):
         table.add_column(column, overflow="fold")
     for run in runs:
-        state = f"{run.status}: {run.phase}" if run.phase is not None and run.status == "leased" else run.status
         items = f"{run.items_done} of {run.items_total}" if run.items_total is not None else ""
         problem = run.problem.message if run.problem is not None else ""
-        row = [Text(printable(cell)) for cell in (run.device, run.run_id, state, items, problem)]
+        row = [Text(printable(cell)) for cell in (run.device, run.run_id, run.words, items, problem)]
         row[2].stylize(STATE_STYLES.get(run.status, ""))
         table.add_row(*row)
     return table
