@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.fixtures import object_storage, postgresql
 
 # What a clean machine with this repository alone cannot have, or CI as root cannot show. Everything else must run in CI.
 EXPECTED_SKIPS = ("training rows", "../shared", "root writes everywhere")
@@ -13,6 +17,28 @@ EXPECTED_SKIPS = ("training rows", "../shared", "root writes everywhere")
 def pytest_configure(config: pytest.Config) -> None:
     # A model that cannot be had must be an error in a test, never a silent download.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[postgresql.PostgresServer]:
+    server = postgresql.PostgresServer(postgresql.programs())
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty database, of each kind that a host can use."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'records.db'}"
+    return request.getfixturevalue("postgres_server").new_database()
+
+
+@pytest.fixture(scope="session")
+def object_server() -> Iterator[object_storage.ObjectServer]:
+    server = object_storage.ObjectServer()
+    yield server
+    server.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

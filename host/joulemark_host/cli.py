@@ -22,6 +22,7 @@ from joulemark_host.options import (
     DatabaseOption,
     DataOption,
     JsonOption,
+    ShelfOption,
     host_identity,
     open_records,
     open_shelf,
@@ -56,6 +57,7 @@ def publish(
         list[str], typer.Argument(help="GGUF files, folders of exported artifacts, known models, tasks.")
     ],
     data: DataOption = DEFAULT_DATA,
+    shelf_at: ShelfOption = None,
     name: Annotated[str | None, typer.Option(help="Name of the (one) model; default: its file name.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -67,7 +69,7 @@ def publish(
     from joulemark_host.publishing import publish_model, publish_task, task_names
     from joulemark_host.terminal import bar
 
-    shelf, console, cache = open_shelf(data), terminal(as_json), sources.default_cache()
+    shelf, console, cache = open_shelf(data, shelf_at), terminal(as_json), sources.default_cache()
     published: dict[str, str] = {}
     for thing in things:
         with bar(console, f"publish {thing}") as progress:
@@ -95,6 +97,7 @@ def push(
     ] = False,
     wait: Annotated[bool, typer.Option(help="Watch until every board has it.")] = True,
     data: DataOption = DEFAULT_DATA,
+    shelf_at: ShelfOption = None,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -108,7 +111,7 @@ def push(
     from joulemark_host import evaluation
     from joulemark_host.client import AgentClient
 
-    shelf, console = open_shelf(data), terminal(as_json)
+    shelf, console = open_shelf(data, shelf_at), terminal(as_json)
     if not _is_address(to):
         _push_by_name(data, database, subject_of(shelf, model, task, console), to, downgrade, wait, as_json)
         return
@@ -137,6 +140,7 @@ def evaluate(
     backend: Annotated[str | None, typer.Option(help="Engine; default: the board's first that opens the file.")] = None,
     variant: Annotated[str, typer.Option(help="A word for what is special here, such as 'with fan'.")] = "",
     data: DataOption = DEFAULT_DATA,
+    shelf_at: ShelfOption = None,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -148,7 +152,7 @@ def evaluate(
     from joulemark_host.client import AgentClient
     from joulemark_host.records import parse_record
 
-    shelf, records, console = open_shelf(data), open_records(data, database), terminal(as_json)
+    shelf, records, console = open_shelf(data, shelf_at), open_records(data, database), terminal(as_json)
     options: dict[str, Any] = {"limit": limit, "threads": threads, "sequences": sequences, "variant": variant}
     options |= {"context_tokens": context, "backend": backend}
     run_ids: list[str] = []

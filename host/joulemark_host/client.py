@@ -12,7 +12,6 @@ import logging
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
@@ -27,10 +26,10 @@ from joulemark.wire import DeviceFacts, Manifest, Problem, RunSpec, RunState, Sh
 
 if TYPE_CHECKING:
     from joulemark_host.identity import HostIdentity
+    from joulemark_host.shelf import StoredFile
 
 LOG = logging.getLogger(__name__)
 Parsed = TypeVar("Parsed", bound=BaseModel)
-BLOCK = 1 << 20
 Progress = Callable[[int, int], None]
 Sleep = Callable[[float], None]
 FINAL = ("done", "failed", "cancelled", "interrupted")
@@ -107,7 +106,7 @@ class AgentClient:
         self,
         artifact_id: str,
         manifest: Manifest,
-        file: Callable[[str], Path],
+        file: Callable[[str], StoredFile],
         progress: Progress | None = None,
         order: bytes | None = None,
     ) -> int:
@@ -187,22 +186,20 @@ class AgentClient:
                 return False
             self._sleep(0.2)
 
-    def _upload(self, sha256: str, path: Path, before: int, total: int, progress: Progress | None) -> None:
+    def _upload(self, sha256: str, file: StoredFile, before: int, total: int, progress: Progress | None) -> None:
         """Sends the bytes that the agent does not have yet."""
         said = self._ask("HEAD", f"/api/files/{sha256}").headers.get("Upload-Offset", "0")
         offset = int(said) if said.isascii() and said.isdigit() else 0
 
         def blocks() -> Iterator[bytes]:
-            with path.open("rb") as stream:
-                stream.seek(offset)
-                done = offset
-                while block := stream.read(BLOCK):
-                    yield block
-                    done += len(block)
-                    if progress is not None:
-                        progress(before + done, total)
+            done = offset
+            for block in file.blocks(offset):
+                yield block
+                done += len(block)
+                if progress is not None:
+                    progress(before + done, total)
 
-        length = {"Content-Length": str(path.stat().st_size - offset)}
+        length = {"Content-Length": str(file.size_bytes - offset)}
         self._ask("PUT", f"/api/files/{sha256}?offset={offset}", content=blocks(), headers=length, timeout=600.0)
 
     def _enter(self, host: HostIdentity) -> None:

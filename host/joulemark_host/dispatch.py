@@ -18,11 +18,11 @@ from joulemark.protocol import Orders, Report, ReportAnswer
 from joulemark.signing import SigningKey
 from joulemark.wire import Manifest, Problem, RunSpec, content_id
 from joulemark_host import holdings, run_queue
+from joulemark_host.database import open_database, transaction
 from joulemark_host.fleet_tables import DEVICES, GROUPS
 from joulemark_host.holdings import Holdings, Target
 from joulemark_host.issuing import Issuer, count_from, device_row
 from joulemark_host.run_queue import ENDED, QueuedRun, RunQueue
-from joulemark_host.tables import open_database, transaction
 
 LEASE_S = 900.0
 _VANISHED = Problem(code="vanished", message="the board has not been heard of", hint="look at its power and network")

@@ -21,6 +21,7 @@ from joulemark_host.options import (
     DatabaseOption,
     DataOption,
     JsonOption,
+    ShelfOption,
     database_url,
     hand_down,
     identity_folder,
@@ -47,6 +48,7 @@ def joulemark() -> None:
 def host(
     context: typer.Context,
     data: DataOption = DEFAULT_DATA,
+    shelf_at: ShelfOption = None,
     database: DatabaseOption = None,
     listen: Annotated[
         str, typer.Option(help="Address and port to serve on; port 0 takes a free one.")
@@ -93,7 +95,9 @@ def host(
         names = names_of(listener.getsockname()[0])
         dispatch = Dispatch(database_url(data, database), who.key, lease_s=lease) if who is not None else None
         try:
-            app = create_app(open_shelf(data), records, names, access=Access(registry), identity=who, dispatch=dispatch)
+            app = create_app(
+                open_shelf(data, shelf_at), records, names, access=Access(registry), identity=who, dispatch=dispatch
+            )
             serve(app, listener, certificate)
         finally:
             records.close()

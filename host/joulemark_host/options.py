@@ -26,6 +26,14 @@ DatabaseOption = Annotated[
         envvar="JOULEMARK_DATABASE", help="Database: a file or a URL; default: records.db in the data folder."
     ),
 ]
+ShelfOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shelf",
+        envvar="JOULEMARK_SHELF",
+        help="Where artifacts lie: a folder, or object storage such as s3://bucket/folder; default: shelf in the data folder.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DEFAULT_DATA = Path("~/.local/share/joulemark/host")
 
@@ -43,11 +51,13 @@ def host_identity(data: Path) -> HostIdentity | None:
     return identity.read(folder) if identity.exists(folder) else None
 
 
-def open_shelf(data: Path) -> Shelf:
-    """The shelf of this data folder."""
+def open_shelf(data: Path, where: str | None) -> Shelf:
+    """The shelf of this data folder, or the one that was named."""
     from joulemark_host.shelf import Shelf
 
-    return Shelf(data.expanduser() / "shelf")
+    if where is not None and "://" not in where:
+        where = str(Path(where).expanduser())
+    return Shelf(where or data.expanduser() / "shelf")
 
 
 def open_records(data: Path, database: str | None, max_record_bytes: int | None = None) -> Records:

@@ -22,6 +22,7 @@ from joulemark_host.options import (
     DatabaseOption,
     DataOption,
     JsonOption,
+    ShelfOption,
     hand_down,
     open_dispatch,
     open_shelf,
@@ -54,6 +55,7 @@ def sweep(
     wait: Annotated[bool, typer.Option(help="Watch until every run has ended.")] = True,
     cancel: Annotated[bool, typer.Option("--cancel", help="End the sweep of this name instead.")] = False,
     data: DataOption = DEFAULT_DATA,
+    shelf_at: ShelfOption = None,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -69,7 +71,7 @@ def sweep(
             ended = dispatch.cancel([run.run_id for run in dispatch.runs(name)])
             console.print(f"✓ {ended} runs of {name} are cancelled", markup=False)
             return
-        devices, shelf = dispatch.devices(to), open_shelf(data)
+        devices, shelf = dispatch.devices(to), open_shelf(data, shelf_at)
         subjects = [subject_of(shelf, model, task, console) for model in models]
         options = {"limit": limit, "backend": backend, "variant": variant}
         added = sweeps.queue(dispatch, name, sweeps.cells(subjects, devices), options, retry_failed)
@@ -130,6 +132,7 @@ def artifacts(
         bool, typer.Option("--forget", help="Remove the artifact from the board (both have to be named).")
     ] = False,
     data: DataOption = DEFAULT_DATA,
+    shelf_at: ShelfOption = None,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -139,7 +142,7 @@ def artifacts(
     """
     from joulemark_host.terminal import targets_table
 
-    dispatch, shelf = open_dispatch(data, database), open_shelf(data)
+    dispatch, shelf = open_dispatch(data, database), open_shelf(data, shelf_at)
     try:
         device_id = next(iter(dispatch.devices(device))) if device is not None else None
         artifact_id = shelf.resolve(model) if model is not None else None

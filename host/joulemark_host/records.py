@@ -21,12 +21,13 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 from pydantic_core import from_json
 from sqlalchemy.engine import Connection, RowMapping
-from sqlalchemy.exc import DataError, IntegrityError
+from sqlalchemy.exc import IntegrityError
 
 from joulemark.errors import BadInput, Conflict, Forbidden, NotFound
 from joulemark.wire import SCHEMA, Absent, Measure, Metric, Problem, RunRecord, content_id
+from joulemark_host.database import open_database, transaction
 from joulemark_host.facts import FACTS_VERSION, RunFacts, facts_of
-from joulemark_host.tables import METRICS_TABLE, QUARANTINE, RECORDS, open_database, transaction
+from joulemark_host.tables import METRICS_TABLE, QUARANTINE, RECORDS
 
 LOG = logging.getLogger(__name__)
 MAX_RECORD_BYTES = 64 * 2**20
@@ -131,10 +132,6 @@ class Records:
         except IntegrityError:  # another writer was faster with the same run id
             with self._transaction() as connection:
                 known = _known_sha256(connection, name)
-        except (OverflowError, DataError) as error:
-            raise BadInput(
-                f"the record of run {name!r} holds a number out of range", f"the database says: {error}"
-            ) from error
         if known == sha256:
             self._keep_signature(name, origin)
             return "unchanged"

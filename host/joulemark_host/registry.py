@@ -27,8 +27,8 @@ from joulemark.statements import EnrolmentStatement, PublicKey
 from joulemark.wire import DeviceFacts
 from joulemark_host import credential_book
 from joulemark_host.credential_book import Person, Role, SpentKey, refused
+from joulemark_host.database import open_database, transaction
 from joulemark_host.fleet_tables import DEVICES, EVENTS, SESSIONS
-from joulemark_host.tables import open_database, transaction
 
 KEY_LIFE_S = 24 * 3600.0
 SEEN_EVERY_S = 5.0

@@ -4,8 +4,8 @@
     artifacts/<artifact id>.json          canonical manifest, written last: an artifact that is listed is complete
     packs/<pack id>.json                  canonical task pack
 
-Every file is written under a temporary name, flushed to the disk and renamed; nothing on the shelf is a link. Ids are
-checked before they become paths. Not aware of HTTP, of records, or of what a device has. Sizes are in bytes.
+Where that is (a folder, object storage) is `storage`'s affair. Ids are checked before they become names. Not aware of HTTP, of records, or
+of what a device has. Sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -13,30 +13,44 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from joulemark import artifact, durable
-from joulemark.errors import BadInput, DigestMismatch, NoSpace, NotFound
+from joulemark import artifact
+from joulemark.errors import BadInput, DigestMismatch, NotFound
 from joulemark.wire import FileEntry, Manifest, TaskPack, canonical_json, content_id
+from joulemark_host.storage import BLOCK, Storage, open_storage
 
 LOG = logging.getLogger(__name__)
-BLOCK = 1 << 20
-RESERVE_BYTES = 64 * 2**20
-"""Left free on the disk, so that the record database can still grow."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-class Shelf:
-    """The shelf in folder `root`, which is made if it is not there. Safe to use from several processes."""
+@dataclass(frozen=True)
+class StoredFile:
+    """A file on the shelf: its bytes, wherever they lie."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        for name in ("files", "artifacts", "packs"):
-            (root / name).mkdir(parents=True, exist_ok=True)
+    storage: Storage
+    name: str
+    size_bytes: int
+
+    @property
+    def path(self) -> Path | None:
+        """Where it lies on this machine; None for what lies elsewhere."""
+        return self.storage.path(self.name)
+
+    def blocks(self, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """Its bytes from `start` to before `end`."""
+        return self.storage.blocks(self.name, start, self.size_bytes if end is None else end)
+
+
+class Shelf:
+    """The shelf at `where`: a folder, made if it is not there, or the URL of object storage. Safe to use from several processes."""
+
+    def __init__(self, where: str | Path) -> None:
+        self._storage = open_storage(where)
 
     def publish_model(
         self,
@@ -89,35 +103,38 @@ class Shelf:
     def _list(self, manifest: Manifest) -> tuple[str, Manifest]:
         """The last step: an artifact that is listed is complete."""
         artifact_id = content_id(manifest)
-        self._write(self._manifest_path(artifact_id), canonical_json(manifest))
+        self._write(_manifest_name(artifact_id), canonical_json(manifest))
         return artifact_id, manifest
 
     def publish_pack(self, pack: TaskPack) -> str:
         """Puts a rendered task onto the shelf and returns its pack id."""
         pack_id = content_id(pack)
-        self._write(self._pack_path(pack_id), canonical_json(pack))
+        self._write(_pack_name(pack_id), canonical_json(pack))
         return pack_id
 
     def artifacts(self) -> dict[str, Manifest]:
         """Everything that is complete, by artifact id, sorted by name; a damaged manifest is logged and left out."""
         found: dict[str, Manifest] = {}
-        for path in (self._root / "artifacts").glob("*.json"):
-            manifest = self._sound_manifest(path.stem)
+        for name in self._storage.names("artifacts"):
+            artifact_id, dot, kind = name.partition(".")
+            if (dot, kind) != (".", "json"):
+                continue
+            manifest = self._sound_manifest(artifact_id)
             if manifest is not None:
-                found[path.stem] = manifest
+                found[artifact_id] = manifest
         return dict(sorted(found.items(), key=lambda item: (item[1].name, item[1].quantization, item[0])))
 
     def manifest(self, artifact_id: str) -> Manifest:
         """The manifest of an artifact. Raises NotFound, or DigestMismatch when its bytes are not what its id says."""
-        path = self._manifest_path(artifact_id)
-        body = _read(path, f"there is no artifact {artifact_id[:80]!r} on the shelf")
+        name = _manifest_name(artifact_id)
+        body = self._read(name, f"there is no artifact {artifact_id[:80]!r} on the shelf")
         try:
             manifest = Manifest.model_validate_json(body)
         except ValidationError as error:
-            raise DigestMismatch(f"{path} is not a manifest", "delete it and publish the model again") from error
+            raise DigestMismatch(f"{name} is not a manifest", "delete it and publish the model again") from error
         if content_id(manifest) != artifact_id:
             raise DigestMismatch(
-                f"{path} is not the manifest that its name says", "delete it and publish the model again"
+                f"{name} is not the manifest that its name says", "delete it and publish the model again"
             )
         return manifest
 
@@ -140,19 +157,20 @@ class Shelf:
             raise NotFound(f"there is no model {text!r} on the shelf", f"there is: {known}")
         raise BadInput(f"{text!r} means {len(matches)} models", f"say name:quantization or an id; there is: {known}")
 
-    def file(self, sha256: str) -> Path:
-        """Where the file with this digest lies. Raises NotFound."""
-        path = self._file_path(sha256)
-        if not path.is_file():
+    def file(self, sha256: str) -> StoredFile:
+        """The file with this digest. Raises NotFound."""
+        name = _file_name(sha256)
+        size = self._storage.size(name)
+        if size is None:
             raise NotFound(f"there is no file {sha256[:80]!r} on the shelf", "publish the model that has it")
-        return path
+        return StoredFile(self._storage, name, size)
 
     def pack_bytes(self, pack_id: str) -> bytes:
         """The canonical bytes of a pack, checked against their id. Raises NotFound, DigestMismatch."""
-        path = self._pack_path(pack_id)
-        body = _read(path, f"there is no task pack {pack_id[:80]!r} on the shelf")
+        name = _pack_name(pack_id)
+        body = self._read(name, f"there is no task pack {pack_id[:80]!r} on the shelf")
         if hashlib.sha256(body).hexdigest() != pack_id:
-            raise DigestMismatch(f"{path} is not the pack that its name says", "delete it and publish the task again")
+            raise DigestMismatch(f"{name} is not the pack that its name says", "delete it and publish the task again")
         return body
 
     def _sound_manifest(self, artifact_id: str) -> Manifest | None:
@@ -163,31 +181,37 @@ class Shelf:
             return None
 
     def _has(self, entry: FileEntry) -> bool:
-        path = self._file_path(entry.sha256)
-        return path.is_file() and path.stat().st_size == entry.size_bytes
+        return self._storage.size(_file_name(entry.sha256)) == entry.size_bytes
 
     def _copy(self, source: Path, entry: FileEntry, progress: Callable[[int], None]) -> None:
-        target = self._file_path(entry.sha256)
-        free = shutil.disk_usage(self._root).free
-        if free < entry.size_bytes + RESERVE_BYTES:
-            raise NoSpace(
-                f"{source.name} needs {entry.size_bytes} bytes on the shelf, {free} are free",
-                "free some space or use --data",
-            )
-        durable.replace_file(target, _verified(source, entry, progress))
+        pieces = _verified(source, entry, progress)
+        self._storage.write(_file_name(entry.sha256), entry.size_bytes, pieces)
 
-    def _write(self, path: Path, body: bytes) -> None:
-        if not (path.is_file() and path.read_bytes() == body):
-            durable.replace_file(path, [body])
+    def _write(self, name: str, body: bytes) -> None:
+        try:
+            known = self._storage.read(name)
+        except FileNotFoundError:
+            known = None
+        if known != body:
+            self._storage.write(name, len(body), [body])
 
-    def _manifest_path(self, artifact_id: str) -> Path:
-        return self._root / "artifacts" / f"{_checked(artifact_id)}.json"
+    def _read(self, name: str, missing: str) -> bytes:
+        try:
+            return self._storage.read(name)
+        except FileNotFoundError:
+            raise NotFound(missing, "`joulemark publish` puts models and tasks there") from None
 
-    def _pack_path(self, pack_id: str) -> Path:
-        return self._root / "packs" / f"{_checked(pack_id)}.json"
 
-    def _file_path(self, sha256: str) -> Path:
-        return self._root / "files" / _checked(sha256)[:2] / sha256
+def _manifest_name(artifact_id: str) -> str:
+    return f"artifacts/{_checked(artifact_id)}.json"
+
+
+def _pack_name(pack_id: str) -> str:
+    return f"packs/{_checked(pack_id)}.json"
+
+
+def _file_name(sha256: str) -> str:
+    return f"files/{_checked(sha256)[:2]}/{sha256}"
 
 
 def _checked(name: str) -> str:
@@ -195,13 +219,6 @@ def _checked(name: str) -> str:
     if not _SHA256.fullmatch(name):
         raise NotFound(f"{name[:80]!r} is not a sha256", "ids are 64 hexadecimal digits")
     return name
-
-
-def _read(path: Path, missing: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise NotFound(missing, "`joulemark publish` puts models and tasks there") from None
 
 
 def _verified(source: Path, entry: FileEntry, progress: Callable[[int], None]) -> Generator[bytes, None, None]:

@@ -1,4 +1,4 @@
-"""The layout of the record database, for any engine that SQLAlchemy speaks to; and how such an engine is opened.
+"""The layout of the record database, for any engine that SQLAlchemy speaks to.
 
 `records` keeps the body of a record whole, beside columns that listings and grids filter by; `metrics` is one row for
 each run × figure; `quarantine` keeps bodies that claimed a run id which another body had already. Derived columns may
@@ -7,19 +7,8 @@ be rebuilt from the bodies at any time. Times are seconds of the host's wall clo
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
-from typing import Any
-
 import sqlalchemy as sa
-from sqlalchemy import event
-from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
-from sqlalchemy.pool import ConnectionPoolEntry
 
-from joulemark.errors import BadInput, MissingExtra, NoSpace, Unavailable
-
-LAYOUT = 1
 METADATA = sa.MetaData()
 
 ABOUT = sa.Table("about", METADATA, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text))
@@ -80,71 +69,3 @@ QUARANTINE = sa.Table(
     sa.Column("body", sa.LargeBinary, nullable=False),
     sa.UniqueConstraint("run_id", "sha256"),
 )
-
-
-def open_database(url: str) -> Engine:
-    """An engine for `url` with the tables made. Raises BadInput (not a database of ours), MissingExtra, Unavailable."""
-    try:
-        engine = sa.create_engine(url)
-    except (ArgumentError, NoSuchModuleError) as error:
-        raise BadInput(
-            f"{url!r} is not a database URL: {error}", "an example is sqlite:////srv/joulemark/records.db"
-        ) from error
-    except ModuleNotFoundError as error:
-        raise MissingExtra(f"the driver for {url!r} is not installed: {error}", f"pip install {error.name}") from error
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _prepare_sqlite)
-    shown = engine.url.render_as_string(hide_password=True)
-    try:
-        METADATA.create_all(engine)
-        _check_layout(engine, shown)
-    except OperationalError as error:
-        raise Unavailable(
-            f"the record database {shown} cannot be opened: {error.orig}",
-            "check that its folder exists and is writable, or that the server runs",
-        ) from error
-    except DatabaseError as error:
-        raise BadInput(
-            f"{shown} is not a record database: {error.orig}",
-            "move the file aside, or give another one with --database",
-        ) from error
-    return engine
-
-
-@contextmanager
-def transaction(engine: Engine, write: bool = False) -> Generator[Connection, None, None]:
-    """All of it or nothing. `write`: SQLite's lock is taken at the beginning, so that what was read stays true until it is changed.
-
-    Raises NoSpace, or Unavailable when the database does not answer; then nothing was changed.
-    """
-    try:
-        with engine.begin() as connection:
-            if write and engine.dialect.name == "sqlite":
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-            yield connection
-    except OperationalError as error:
-        text = str(error.orig)
-        if "full" in text:
-            raise NoSpace(f"the database cannot grow: {text}", "free some space; nothing is lost") from error
-        raise Unavailable(
-            f"the database does not answer: {text}", "what was sent is kept by its sender: try again"
-        ) from error
-
-
-def _prepare_sqlite(connection: Any, _entry: ConnectionPoolEntry) -> None:
-    """Durable (a record that was acknowledged survives a power cut) and patient with a second writer."""
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000", "foreign_keys=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _check_layout(engine: Engine, shown: str) -> None:
-    with engine.begin() as connection:
-        found = connection.execute(sa.select(ABOUT.c.value).where(ABOUT.c.key == "layout")).scalar()
-        if found is None:
-            connection.execute(sa.insert(ABOUT).values(key="layout", value=str(LAYOUT)))
-        elif int(found) > LAYOUT:
-            raise BadInput(
-                f"{shown} has layout {found}; this host understands up to {LAYOUT}", "update joulemark on this machine"
-            )

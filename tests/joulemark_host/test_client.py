@@ -12,6 +12,8 @@ import pytest
 from joulemark.errors import BadInput, Conflict, NotFound, Unavailable, error_from
 from joulemark.wire import FileEntry, Manifest, Problem, RunState, canonical_json, content_id
 from joulemark_host.client import SILENCE_S, AgentClient
+from joulemark_host.shelf import StoredFile
+from joulemark_host.storage import open_storage
 from tests.fixtures.records import digest, make_device, make_manifest, make_record
 
 
@@ -90,8 +92,9 @@ MANIFEST = make_manifest(files=(FileEntry(path="m.gguf", size_bytes=len(BODY), s
     ids=["upload", "resumed upload", "there already", "pull", "pull fails, upload"],
 )
 def test_an_artifact_reaches_the_agent(agent: Agent, sent: list[str], tmp_path: Path):
-    file = tmp_path / "m.gguf"
-    file.write_bytes(BODY)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "m").write_bytes(BODY)
+    file = StoredFile(open_storage(tmp_path), "files/m", len(BODY))
     seen: list[tuple[int, int]] = []
     there_already = agent.stored == BODY
     missing = client_of(agent).push_artifact(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -37,8 +36,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def boards(tmp_path: Path, clock: Clock) -> Iterator[list[str]]:
-    registry = Registry(url(tmp_path), "ab" * 32, clock)
+def boards(database: str, clock: Clock) -> Iterator[list[str]]:
+    registry = Registry(database, "ab" * 32, clock)
     ids: list[str] = []
     for name in ("one", "two"):
         board = Board(name)
@@ -50,14 +49,10 @@ def boards(tmp_path: Path, clock: Clock) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def dispatch(tmp_path: Path, clock: Clock, boards: list[str]) -> Iterator[Dispatch]:
-    made = Dispatch(url(tmp_path), KEY, clock)
+def dispatch(database: str, clock: Clock, boards: list[str]) -> Iterator[Dispatch]:
+    made = Dispatch(database, KEY, clock)
     yield made
     made.close()
-
-
-def url(folder: Path) -> str:
-    return f"sqlite:///{folder / 'records.db'}"
 
 
 def spec(run_id: str, **changes: object) -> RunSpec:
@@ -264,12 +259,12 @@ def test_cancelling(dispatch: Dispatch, boards: list[str], clock: Clock):
     )  # it comes back with the run still in its journal
 
 
-def test_a_record_ends_a_run_whatever_was_said(dispatch: Dispatch, boards: list[str], tmp_path: Path):
+def test_a_record_ends_a_run_whatever_was_said(dispatch: Dispatch, boards: list[str], database: str):
     one = boards[0]
     dispatch.queue(one, spec("run-1"), SMOL_Q8)
     dispatch.queue(one, spec("b"), SMOL_Q8)
     assert held(dispatch, one) == "run-1"
-    records = Records(url(tmp_path))
+    records = Records(database)
     records.put(record_bytes(make_record("run-1")))
     assert states(dispatch)["run-1"] == "done"
     dispatch.settle("run-1")
@@ -325,7 +320,7 @@ def test_boards_are_meant_by_name_id_group_or_all(dispatch: Dispatch, boards: li
             dispatch.devices(wrong)
 
 
-def test_many_askers_at_once_get_one_lease(tmp_path: Path, dispatch: Dispatch, boards: list[str]):
+def test_many_askers_at_once_get_one_lease(dispatch: Dispatch, boards: list[str]):
     one = boards[0]
     for run_id in "abcdef":
         dispatch.queue(one, spec(run_id), SMOL_Q8)
@@ -342,6 +337,7 @@ def test_many_askers_at_once_get_one_lease(tmp_path: Path, dispatch: Dispatch, b
     for thread in threads:
         thread.join()
     assert found == ["a"] * 6
+    assert [run.leases for run in dispatch.runs()] == [1, 0, 0, 0, 0, 0]
 
 
 def test_a_sweep_adds_only_what_is_missing(dispatch: Dispatch, boards: list[str]):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from joulemark.errors import BadInput, Conflict, NotFound, Unavailable
 from joulemark.metrics import METRICS
@@ -21,24 +22,20 @@ from tests.fixtures.records import make_record, make_summary, record_bytes
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'records.db'}"
-
-
-@pytest.fixture
-def records(url: str) -> Iterator[Records]:
-    store = Records(url, clock=lambda: 1234.5)
+def records(database: str) -> Iterator[Records]:
+    store = Records(database, clock=lambda: 1234.5)
     yield store
     store.close()
 
 
-def test_a_record_is_kept_byte_for_byte_and_stored_once(records: Records, tmp_path: Path):
+def test_a_record_is_kept_byte_for_byte_and_stored_once(records: Records):
     body = b"  " + record_bytes(make_record()) + b"\n"
     assert records.put(body) == "created"
     assert records.put(body) == "unchanged"
     assert records.put(body, "run-1") == "unchanged"
     assert records.raw("run-1") == body
-    row = sqlite3.connect(tmp_path / "records.db").execute("select sha256, received_at, body from records").fetchall()
+    with sa.create_engine(records._engine.url).connect() as asked:  # pyright: ignore[reportPrivateUsage]
+        row = asked.exec_driver_sql("select sha256, received_at, body from records").fetchall()
     assert len(row) == 1
     assert row[0][:2] == (hashlib.sha256(body).hexdigest(), 1234.5)
     assert gzip.decompress(row[0][2]) == body
@@ -88,9 +85,9 @@ def test_the_quarantine_is_bounded_for_each_run(records: Records):
     assert len(records.quarantined()) == QUARANTINE_PER_RUN
 
 
-def test_many_writers_of_one_run_store_it_once(url: str):
+def test_many_writers_of_one_run_store_it_once(database: str):
     body, other = record_bytes(make_record()), record_bytes(make_record(attempts=2))
-    stores = [Records(url) for _ in range(4)]
+    stores = [Records(database) for _ in range(4)]
     said: list[str] = []
     barrier = threading.Barrier(8)
 
@@ -113,8 +110,8 @@ def test_many_writers_of_one_run_store_it_once(url: str):
         store.close()
 
 
-def test_a_kill_in_the_middle_of_storing_leaves_nothing_behind(url: str, monkeypatch: pytest.MonkeyPatch):
-    store = Records(url)
+def test_a_kill_in_the_middle_of_storing_leaves_nothing_behind(database: str, monkeypatch: pytest.MonkeyPatch):
+    store = Records(database)
 
     class Killed(BaseException):
         pass
@@ -126,13 +123,14 @@ def test_a_kill_in_the_middle_of_storing_leaves_nothing_behind(url: str, monkeyp
         patch.setattr(module, "_metric_rows", killed)  # after the record's row was written, before the commit
         with pytest.raises(Killed):
             store.put(record_bytes(make_record()))
-    again = Records(url)
+    again = Records(database)
     assert again.facts() == []
     assert again.put(record_bytes(make_record())) == "created"
     assert len(again.facts()[0].metrics) == len(METRICS)
 
 
-def test_sqlite_commits_are_durable(records: Records):
+def test_sqlite_commits_are_durable(tmp_path: Path):
+    records = Records(f"sqlite:///{tmp_path / 'records.db'}")
     with records._engine.connect() as connection:  # pyright: ignore[reportPrivateUsage]
         assert connection.exec_driver_sql("pragma synchronous").scalar() == 2
         assert connection.exec_driver_sql("pragma journal_mode").scalar() == "wal"
@@ -181,13 +179,13 @@ def test_bounds_newer_schema_and_wrong_address(records: Records):
         records.raw("run-1")
 
 
-def test_columns_are_derived_again_when_the_derivation_changes(url: str, monkeypatch: pytest.MonkeyPatch):
-    store = Records(url)
+def test_columns_are_derived_again_when_the_derivation_changes(database: str, monkeypatch: pytest.MonkeyPatch):
+    store = Records(database)
     store.put(GOOD)
     store.close()
     monkeypatch.setattr(module, "FACTS_VERSION", module.FACTS_VERSION + 1)
     monkeypatch.setattr(module, "facts_of", lambda record: facts_of(make_record(summary=Summary(metrics={}))))  # type: ignore[misc]
-    again = Records(url)
+    again = Records(database)
     assert again.facts()[0].metrics == {}
     assert again.raw("run-1") == GOOD
 
@@ -217,8 +215,7 @@ def test_a_database_that_cannot_be_used_is_said_so(tmp_path: Path):
         Records(f"sqlite:///{tmp_path / 'newer.db'}")
 
 
-def test_a_signature_that_comes_after_its_record_is_kept_and_the_first_one_stays(tmp_path: Path):
-    records = Records(f"sqlite:///{tmp_path / 'records.db'}")
+def test_a_signature_that_comes_after_its_record_is_kept_and_the_first_one_stays(records: Records):
     record = make_record()
     body, board = record_bytes(record), record.device.device_id
     assert records.put(body) == "created" and records.signature("run-1") is None
@@ -229,4 +226,3 @@ def test_a_signature_that_comes_after_its_record_is_kept_and_the_first_one_stays
     assert records.signature("run-1") == b"by the board"
     with pytest.raises(NotFound):
         records.signature("run-2")
-    records.close()

@@ -25,8 +25,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def registry(tmp_path: Path, clock: Clock) -> Iterator[Registry]:
-    book = Registry(f"sqlite:///{tmp_path / 'records.db'}", HERE, clock)
+def registry(database: str, clock: Clock) -> Iterator[Registry]:
+    book = Registry(database, HERE, clock)
     yield book
     book.close()
 
@@ -72,8 +72,7 @@ def test_a_key_is_good_for_one_board_only_and_its_answer_may_be_asked_for_again(
     assert whats(registry)[-1] == "refused"  # a right secret in wrong hands is an alarm
 
 
-def test_of_two_boards_at_the_same_moment_one_gets_the_key(tmp_path: Path, clock: Clock):
-    registry = Registry(f"sqlite:///{tmp_path / 'records.db'}", HERE, clock)
+def test_of_two_boards_at_the_same_moment_one_gets_the_key(registry: Registry):
     key = registry.issue_key("device", "ann", approved=True)
     boards, outcomes = [Board(f"b{number}") for number in range(8)], []
     barrier = threading.Barrier(len(boards))
@@ -134,7 +133,8 @@ def test_an_enrolment_is_believed_only_from_the_key_it_is_about(registry: Regist
     registry.enrol(board.enrolment(key), "192.0.2.5")  # none of these used the key up
 
 
-def test_secrets_are_stored_as_digests_only(registry: Registry, tmp_path: Path):
+def test_secrets_are_stored_as_digests_only(tmp_path: Path, clock: Clock):
+    registry = Registry(f"sqlite:///{tmp_path / 'records.db'}", HERE, clock)
     board = enrol(registry, Board())
     key = registry.issue_key("viewer", "ann")
     credential, _ = registry.enrol_person(key, "ann")

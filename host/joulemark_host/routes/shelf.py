@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Depends
-from fastapi.responses import FileResponse, Response
+import re
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import FileResponse, Response, StreamingResponse
 
 from joulemark.wire import Manifest
 from joulemark_host.access import Access
-from joulemark_host.shelf import Shelf
+from joulemark_host.shelf import Shelf, StoredFile
+
+_RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})", re.ASCII)
 
 
 def create_router(shelf: Shelf, access: Access) -> APIRouter:
@@ -24,12 +28,15 @@ def create_router(shelf: Shelf, access: Access) -> APIRouter:
     def artifact(artifact_id: str) -> Manifest:
         return shelf.manifest(artifact_id)
 
-    @router.head("/api/files/{sha256}", response_class=FileResponse, dependencies=takers, operation_id="file_size")
-    @router.get("/api/files/{sha256}", response_class=FileResponse, dependencies=takers, operation_id="file")
-    def file(sha256: str) -> FileResponse:
+    @router.head("/api/files/{sha256}", response_class=Response, dependencies=takers, operation_id="file_size")
+    @router.get("/api/files/{sha256}", response_class=Response, dependencies=takers, operation_id="file")
+    def file(sha256: str, request: Request) -> Response:
         # The name is the content, so it never changes: If-Range with this tag always resumes the same bytes.
         headers = {"ETag": f'"{sha256}"', "Cache-Control": "private, max-age=31536000, immutable"}
-        return FileResponse(shelf.file(sha256), media_type="application/octet-stream", headers=headers)
+        stored = shelf.file(sha256)
+        if stored.path is not None:
+            return FileResponse(stored.path, media_type="application/octet-stream", headers=headers)
+        return _streamed(stored, request, headers)
 
     @router.get("/api/packs/{pack_id}", dependencies=takers)
     def pack(pack_id: str) -> Response:
@@ -37,3 +44,19 @@ def create_router(shelf: Shelf, access: Access) -> APIRouter:
         return Response(body, media_type="application/json", headers={"ETag": f'"{pack_id}"'})
 
     return router
+
+
+def _streamed(stored: StoredFile, request: Request, headers: dict[str, str]) -> Response:
+    """A file that lies elsewhere, or one range of it (RFC 9110, 14.2): what boards ask for; several ranges are answered with the whole."""
+    start, end, status = 0, stored.size_bytes, 200
+    asked = _RANGE.fullmatch(request.headers.get("range", ""))
+    if asked is not None and request.headers.get("if-range") in (None, headers["ETag"]):
+        start, status = int(asked[1]), 206
+        end = min(int(asked[2]) + 1 if asked[2] else end, end)
+        if start >= end:
+            return Response(status_code=416, headers={"Content-Range": f"bytes */{stored.size_bytes}"})
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{stored.size_bytes}"
+    headers |= {"Content-Length": str(end - start), "Accept-Ranges": "bytes"}
+    if request.method == "HEAD":
+        return Response(status_code=200, headers=headers, media_type="application/octet-stream")
+    return StreamingResponse(stored.blocks(start, end), status, headers, "application/octet-stream")

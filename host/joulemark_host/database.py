@@ -1,0 +1,146 @@
+"""Databases: opening one by its URL, and transactions that are all or nothing. SQLite by default, PostgreSQL by URL.
+
+Both are made durable (what was acknowledged survives a power cut) and patient with another writer. Who reads and then changes what was read
+asks for a `write` transaction: there is one of them at a time, over all processes. Not aware of any table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from joulemark.errors import BadInput, MissingExtra, NoSpace, Unavailable
+from joulemark_host.tables import ABOUT, METADATA
+
+LAYOUT = 1
+PATIENCE_S = 30
+"""How long a transaction waits for another writer."""
+_WRITERS = 0x6A6F756C
+"""The PostgreSQL advisory lock that a write transaction takes; any number that nobody else in this database uses."""
+
+
+def open_database(url: str) -> Engine:
+    """An engine for `url` with the tables made. Raises BadInput (not a database of ours), MissingExtra, Unavailable."""
+    engine = _engine(url)
+    shown = engine.url.render_as_string(hide_password=True)
+    try:
+        with _begun(engine, write=True) as connection:  # one process at a time makes the tables
+            METADATA.create_all(connection)
+            _check_layout(connection, shown)
+    except OperationalError as error:
+        raise Unavailable(
+            f"the record database {shown} cannot be opened: {_said(error)}",
+            "check that its folder exists and is writable, or that the server runs",
+        ) from error
+    except DatabaseError as error:
+        raise BadInput(
+            f"{shown} is not a record database: {_said(error)}",
+            "move the file aside, or give another one with --database",
+        ) from error
+    return engine
+
+
+@contextmanager
+def transaction(engine: Engine, write: bool = False) -> Generator[Connection, None, None]:
+    """All of it or nothing. `write`: the only one of its kind until it ends, so that what was read stays true until it is changed.
+
+    Raises NoSpace, BadInput for a value that no column can hold, Unavailable when the database does not answer; then nothing was changed.
+    """
+    try:
+        with _begun(engine, write) as connection:
+            yield connection
+    except OperationalError as error:
+        text = _said(error)
+        if "full" in text or "No space left" in text:
+            raise NoSpace(f"the database cannot grow: {text}", "free some space; nothing is lost") from error
+        raise Unavailable(
+            f"the database does not answer: {text}", "what was sent is kept by its sender: try again"
+        ) from error
+    except PoolTimeout as error:
+        raise Unavailable("the database is busy: every connection is in use", "try again in a moment") from error
+    except (OverflowError, DataError) as error:
+        raise BadInput(
+            "a number or a text is out of the range that can be kept", f"the database says: {error}"
+        ) from error
+
+
+@contextmanager
+def _begun(engine: Engine, write: bool) -> Generator[Connection, None, None]:
+    with engine.begin() as connection:
+        if write and engine.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        elif write and engine.dialect.name == "postgresql":
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS)))
+        yield connection
+
+
+def _engine(url: str) -> Engine:
+    try:
+        parsed = _with_driver(sa.make_url(url))
+        if parsed.get_backend_name() == "sqlite":
+            engine = sa.create_engine(parsed)
+            event.listen(engine, "connect", _prepare_sqlite)
+            return engine
+        engine = sa.create_engine(parsed, pool_pre_ping=True)  # a server may have been restarted meanwhile
+    except (ArgumentError, NoSuchModuleError, ValueError) as error:  # ValueError: a port that is no number
+        raise BadInput(
+            f"{_without_password(url)!r} is not a database URL", "an example is sqlite:////srv/joulemark/records.db"
+        ) from error
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"the driver for {_without_password(url)!r} is not installed: {error}", "pip install 'joulemark[postgres]'"
+        ) from error
+    if engine.dialect.name == "postgresql":
+        event.listen(engine, "connect", _prepare_postgresql)
+    return engine
+
+
+def _with_driver(url: URL) -> URL:
+    """`postgresql://…` and `postgres://…`, as people write them, mean the driver that we install."""
+    if url.drivername in ("postgresql", "postgres"):
+        return url.set(drivername="postgresql+psycopg")
+    return url
+
+
+def _prepare_sqlite(connection: Any, _entry: ConnectionPoolEntry) -> None:
+    cursor = connection.cursor()
+    patience = f"busy_timeout={PATIENCE_S * 1000}"
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", patience, "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _prepare_postgresql(connection: Any, _entry: ConnectionPoolEntry) -> None:
+    cursor = connection.cursor()
+    cursor.execute(f"SET lock_timeout = '{PATIENCE_S}s'")
+    cursor.execute("SET synchronous_commit = on")
+    cursor.close()
+    connection.commit()
+
+
+def _check_layout(connection: Connection, shown: str) -> None:
+    found = connection.execute(sa.select(ABOUT.c.value).where(ABOUT.c.key == "layout")).scalar()
+    if found is None:
+        connection.execute(sa.insert(ABOUT).values(key="layout", value=str(LAYOUT)))
+    elif int(found) > LAYOUT:
+        raise BadInput(
+            f"{shown} has layout {found}; this host understands up to {LAYOUT}", "update joulemark on this machine"
+        )
+
+
+def _said(error: DatabaseError) -> str:
+    """The server's words in one line."""
+    return " ".join(str(error.orig).split())
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"(://[^:@/]*):[^@]*@", r"\1:***@", url)
