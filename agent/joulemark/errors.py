@@ -4,6 +4,7 @@
     ├── BadInput                      bad_input     ValueError      what a person or a peer sent cannot be used
     │   ├── ModelRejected             model_rejected                a model file that must not reach an engine
     │   ├── PackRejected              pack_rejected                 a task pack that is malformed or does not match its id
+    │   ├── TooLarge                  too_large                     more bytes than are taken
     │   ├── DigestMismatch            digest_mismatch               bytes are not the bytes that were promised
     │   └── Untrusted                 untrusted                     a signature is missing, wrong, or not by a key that counts here
     ├── NotAuthenticated              not_authenticated PermissionError  nobody that is known here asks
@@ -59,6 +60,12 @@ class PackRejected(BadInput):
     """A task pack that is malformed or is not the one its id names."""
 
     code = "pack_rejected"
+
+
+class TooLarge(BadInput):
+    """More bytes than are taken."""
+
+    code = "too_large"
 
 
 class DigestMismatch(BadInput):
@@ -192,6 +199,7 @@ _STATUSES = {
     "conflict": 409,
     "cloned": 409,
     "too_large": 413,
+    "unsupported_media": 415,
     "model_rejected": 422,
     "pack_rejected": 422,
     "digest_mismatch": 422,

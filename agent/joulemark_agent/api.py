@@ -6,47 +6,38 @@ Every route but /healthz and the two that let callers in asks the gate.
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from joulemark import __version__
-from joulemark.errors import (
-    BadInput,
-    Conflict,
-    JoulemarkError,
-    NotFound,
-    TooManyAttempts,
-    Untrusted,
-    http_status,
-    to_problem,
-)
+from joulemark.errors import BadInput, Conflict, JoulemarkError, NotFound, Untrusted
 from joulemark.packs import MAX_PACK_BYTES
 from joulemark.protocol import Challenge, Entry
 from joulemark.statements import MAX_ENVELOPE_BYTES, Envelope
-from joulemark.wire import SCHEMA, DeviceFacts, Manifest, Problem, RunSpec
+from joulemark.wire import SCHEMA, DeviceFacts, Manifest, RunSpec, TaskPack
 from joulemark_agent.completions import Completions
 from joulemark_agent.gate import Gate
-from joulemark_agent.http_body import bounded_chunks, read_body, read_model
 from joulemark_agent.jobs import Jobs
 from joulemark_agent.openai_api import create_router
 from joulemark_agent.orders import OrderBook
 from joulemark_agent.outbox import Outbox
 from joulemark_agent.pulling import Puller
 from joulemark_agent.store import Store
+from joulemark_http.answers import answer_error
+from joulemark_http.bodies import arriving, read_body, read_model
+from joulemark_http.interface import PROBLEM, described, errors, takes, takes_bytes
 
 JSON_LIMIT = 1024 * 1024
 TICKET_LIMIT = 16 * 1024
-
-log = logging.getLogger(__name__)
+PACK_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -78,12 +69,16 @@ def create_app(services: Services) -> FastAPI:
         await run_in_threadpool(services.stop)
 
     app = FastAPI(
-        title="Joulemark agent", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
+        title="Joulemark agent",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        responses=errors(PROBLEM),
     )
-    app.add_exception_handler(HTTPException, _answer_http_error)
-    app.add_exception_handler(JoulemarkError, _answer_error)
-    app.add_exception_handler(OSError, _answer_error)
-    app.add_exception_handler(Exception, _answer_error)
+    for kind in (HTTPException, RequestValidationError, JoulemarkError, OSError, Exception):
+        app.add_exception_handler(kind, answer_error)
     reader = APIRouter(dependencies=[Depends(services.gate.guard("viewer", "operator"))])
     operator = APIRouter(dependencies=[Depends(services.gate.guard("operator"))])
     _add_entrance(app, services.gate, services.book is not None)
@@ -94,28 +89,6 @@ def create_app(services: Services) -> FastAPI:
     app.include_router(reader)
     app.include_router(operator)
     return app
-
-
-async def _answer_http_error(_: Request, error: Exception) -> JSONResponse:
-    """What the framework refuses itself (no such path, wrong method) in our shape."""
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    code = "not_found" if status == 404 else "bad_input"
-    detail = str(error.detail) if isinstance(error, HTTPException) else str(error)
-    problem = Problem(
-        code=code, message=f"HTTP {status}: {detail}", hint="the endpoints are listed under /openapi.json"
-    )
-    return JSONResponse(problem.model_dump(), status_code=status)
-
-
-async def _answer_error(_: Request, error: Exception) -> JSONResponse:
-    problem = to_problem(error)
-    status = http_status(problem.code)
-    if problem.code == "internal":
-        log.error("unexpected error in a request", exc_info=error)
-    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-    if isinstance(error, TooManyAttempts):
-        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
-    return JSONResponse(problem.model_dump(), status_code=status, headers=headers)
 
 
 def _add_entrance(app: FastAPI, gate: Gate, signed: bool) -> None:
@@ -129,7 +102,7 @@ def _add_entrance(app: FastAPI, gate: Gate, signed: bool) -> None:
     def challenge() -> Challenge:
         return gate.challenge()
 
-    @app.post("/api/entry", status_code=201)
+    @app.post("/api/entry", status_code=201, openapi_extra=takes(Envelope))
     async def enter(request: Request) -> Entry:
         ticket = await read_model(request, Envelope, TICKET_LIMIT)
         peer = request.client.host if request.client is not None else "unknown"
@@ -139,7 +112,7 @@ def _add_entrance(app: FastAPI, gate: Gate, signed: bool) -> None:
 def _add_state(app: FastAPI, reader: APIRouter, services: Services) -> None:
     @reader.get("/openapi.json", include_in_schema=False)
     def interface() -> Any:
-        return app.openapi()
+        return described(app)
 
     @reader.get("/api/health")
     def health() -> Any:
@@ -162,7 +135,7 @@ def _add_state(app: FastAPI, reader: APIRouter, services: Services) -> None:
     def device() -> Any:
         return services.device().model_dump()
 
-    @reader.get("/metrics")
+    @reader.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
         # Imported here: it costs memory that an agent without Prometheus should not pay.
         from joulemark_agent.prometheus import CONTENT_TYPE, exposition
@@ -185,7 +158,7 @@ def _add_artifacts(reader: APIRouter, operator: APIRouter, services: Services) -
     def artifacts() -> Any:
         return {artifact_id: manifest.model_dump() for artifact_id, manifest in store.artifacts().items()}
 
-    @operator.post("/api/artifacts")
+    @operator.post("/api/artifacts", openapi_extra=takes(Manifest))
     async def announce(request: Request) -> Any:
         refuse_unsigned(services)
         manifest = await read_model(request, Manifest, JSON_LIMIT)
@@ -213,19 +186,19 @@ def _add_artifacts(reader: APIRouter, operator: APIRouter, services: Services) -
     def offset(sha256: str) -> Response:
         return Response(headers={"Upload-Offset": str(store.offset(sha256)), "Cache-Control": "no-store"})
 
-    @operator.put("/api/files/{sha256}")
-    async def upload(request: Request, sha256: str, offset: int = 0) -> Any:
+    @operator.put("/api/files/{sha256}", openapi_extra=takes_bytes())
+    async def upload(request: Request, sha256: str, offset: Annotated[int, Query(ge=0, le=2**53)] = 0) -> Any:
         limit = store.expected_size(sha256) - offset
-        if limit < 0 or offset < 0:
+        if limit < 0:
             raise BadInput(f"offset {offset} is outside the file", "ask with HEAD where to go on")
-        async for chunk in bounded_chunks(request, limit):
+        async for chunk in arriving(request, limit):
             offset = await run_in_threadpool(store.append, sha256, offset, chunk)
         complete = await run_in_threadpool(store.finish_if_complete, sha256)
         return {"sha256": sha256, "offset": offset, "complete": complete}
 
-    @operator.put("/api/packs/{pack_id}")
+    @operator.put("/api/packs/{pack_id}", openapi_extra=takes(TaskPack))
     async def put_pack(request: Request, pack_id: str) -> Any:
-        data = await read_body(request, MAX_PACK_BYTES)
+        data = await read_body(request, MAX_PACK_BYTES, PACK_TIMEOUT_S)
         await run_in_threadpool(store.put_pack, pack_id, data)
         return {"pack_id": pack_id}
 
@@ -237,7 +210,7 @@ def _add_artifacts(reader: APIRouter, operator: APIRouter, services: Services) -
 def _add_runs(reader: APIRouter, operator: APIRouter, services: Services) -> None:
     jobs = services.jobs
 
-    @operator.post("/api/orders", status_code=201)
+    @operator.post("/api/orders", status_code=201, openapi_extra=takes(Envelope))
     async def order(request: Request) -> Any:
         envelope = await read_model(request, Envelope, MAX_ENVELOPE_BYTES)
         if services.book is None:
@@ -247,7 +220,7 @@ def _add_runs(reader: APIRouter, operator: APIRouter, services: Services) -> Non
             return {"artifact_id": done, "missing": list(services.store.missing(services.store.manifest_of(done)))}
         return done.model_dump() if done is not None else {}
 
-    @operator.post("/api/runs", status_code=201)
+    @operator.post("/api/runs", status_code=201, openapi_extra=takes(RunSpec))
     async def create(request: Request) -> Any:
         refuse_unsigned(services)
         spec = await read_model(request, RunSpec, JSON_LIMIT)

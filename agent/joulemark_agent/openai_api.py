@@ -20,9 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from joulemark.errors import BadInput, JoulemarkError, NotFound, http_status, to_problem
 from joulemark_agent.completions import Completions
-from joulemark_agent.http_body import read_model
 from joulemark_agent.messages import Completed, CompletionJob, Piece
 from joulemark_agent.store import Store
+from joulemark_http.bodies import read_model
+from joulemark_http.interface import errors, takes
 
 BODY_LIMIT = 4 * 1024 * 1024
 DEFAULT_MAX_TOKENS = 16
@@ -80,13 +81,14 @@ class ChatRequest(_Request):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
+_ERROR_SCHEMA: dict[str, Any] = {"type": "object", "description": "OpenAI's error shape, or a Problem from the gate"}
 # These change the answer; a server that ignored them would lie.
 REFUSED = ("tools", "functions", "response_format", "logit_bias", "frequency_penalty", "presence_penalty", "audio")
 
 
 def create_router(store: Store, completions: Completions) -> APIRouter:
     """The three endpoints over the agent's artifacts."""
-    router = APIRouter(prefix="/v1")
+    router = APIRouter(prefix="/v1", responses=errors(_ERROR_SCHEMA, "text/event-stream"))
 
     @router.get("/models")
     def models() -> Any:
@@ -101,11 +103,11 @@ def create_router(store: Store, completions: Completions) -> APIRouter:
         artifact_id = find_artifact(store, name)
         return {"id": name, "object": "model", "created": 0, "owned_by": "joulemark", "artifact_id": artifact_id}
 
-    @router.post("/completions")
+    @router.post("/completions", openapi_extra=takes(CompletionRequest))
     async def complete(request: Request) -> Response:
         return await _guarded(request, CompletionRequest, partial(_Text, store, completions))
 
-    @router.post("/chat/completions")
+    @router.post("/chat/completions", openapi_extra=takes(ChatRequest))
     async def chat(request: Request) -> Response:
         return await _guarded(request, ChatRequest, partial(_Chat, store, completions))
 

@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import ipaddress
 import logging
-import socket
-import ssl
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import uvicorn
-
-from joulemark.errors import BadInput, Conflict, DigestMismatch, NotFound, Unavailable
+from joulemark.errors import BadInput, DigestMismatch, NotFound, Unavailable
 from joulemark.protocol import SessionAnswer, SessionRequest
 from joulemark.statements import Envelope, RecordStatement
 from joulemark.wire import Absent, DeviceFacts, Manifest
@@ -40,6 +35,7 @@ from joulemark_agent.pulling import Puller
 from joulemark_agent.session import Session, new_instance_id
 from joulemark_agent.settings import Settings
 from joulemark_agent.store import Store
+from joulemark_http import listening, serving
 
 log = logging.getLogger(__name__)
 CONNECTION_LIMIT = 128
@@ -47,6 +43,10 @@ SETTLE_S = 10.0
 FIRST_WAIT_S = 2.0
 LONGEST_WAIT_S = 300.0
 KEY_FILE_BYTES = 4096
+_NO_HOST = BadInput(
+    "{address} is reachable from other machines, and this agent knows no host yet whose word counts",
+    "enrol it first: joulemark enrol HOST_URL; or listen on 127.0.0.1",
+)
 
 
 def serve(settings: Settings, listen: str) -> None:
@@ -54,31 +54,18 @@ def serve(settings: Settings, listen: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     folder = settings.data / "identity"
-    with bind(listen, enrolled=identity.is_enrolled(folder) or settings.key_file is not None) as listener:
+    known = identity.is_enrolled(folder) or settings.key_file is not None
+    with listening.bind(listen, CONNECTION_LIMIT, None if known else _NO_HOST) as listener:
         who = _enrolled(settings, identity.load(folder))
         if who.membership is None and not settings.open_to_all:
             log.warning(
                 "this board belongs to no host: `joulemark enrol HOST_URL` makes it known to one; for a trial: --open"
             )
         app = create_app(assemble(settings, who))
-        files = None if is_loopback(listener) else who.tls_files
-        address, port = listener.getsockname()[:2]
-        scheme = "https" if files is not None else "http"
-        log.info("agent %s (%s) serves on %s://%s:%s", settings.name, who.device_id, scheme, address, port)
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            limit_concurrency=CONNECTION_LIMIT,
-            timeout_keep_alive=5,
-            timeout_graceful_shutdown=5,
-            server_header=False,
-            ssl_certfile=files[0] if files is not None else None,
-            ssl_keyfile=str(files[1]) if files is not None else None,
-        )
-        config.load()
-        if config.ssl is not None:
-            config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
-        uvicorn.Server(config).run(sockets=[listener])
+        files = None if listening.is_loopback(listener) else who.tls_files
+        url = listening.address_of(listener, "https" if files is not None else "http")
+        log.info("agent %s (%s) serves on %s", settings.name, who.device_id, url)
+        serving.serve(app, listener, CONNECTION_LIMIT, *(files or (None, None)))
 
 
 def enrol(settings: Settings, who: Identity, url: str, key: str) -> Identity:
@@ -117,38 +104,6 @@ def _enrolled(settings: Settings, who: Identity) -> Identity:
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
     settings.key_file.unlink(missing_ok=True)
     return who
-
-
-def bind(listen: str, enrolled: bool) -> socket.socket:
-    """A listening socket on `address:port`. Beyond loopback only an agent that knows its host may be reached."""
-    address, _, port = listen.rpartition(":")
-    try:
-        parsed = ipaddress.ip_address(address.strip("[]") or "127.0.0.1")
-        number = int(port)
-    except ValueError as error:
-        raise BadInput(f"{listen!r} is not an address and a port", "for example --listen 127.0.0.1:8090") from error
-    if not parsed.is_loopback and not enrolled:
-        raise BadInput(
-            f"{parsed} is reachable from other machines, and this agent knows no host yet whose word counts",
-            "enrol it first: joulemark enrol HOST_URL; or listen on 127.0.0.1",
-        )
-    family = socket.AF_INET6 if parsed.version == 6 else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((str(parsed), number))
-    except OSError as error:
-        listener.close()
-        raise Conflict(
-            f"cannot listen on {listen}: {error.strerror}", "choose another port with --listen, or stop what uses it"
-        ) from error
-    listener.listen(CONNECTION_LIMIT)
-    return listener
-
-
-def is_loopback(listener: socket.socket) -> bool:
-    """Whether only this machine reaches the socket."""
-    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 @dataclass(frozen=True)

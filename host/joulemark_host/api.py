@@ -6,8 +6,6 @@ log only. The Host header is checked against DNS rebinding. It holds no state.
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +17,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from joulemark import __version__
-from joulemark.errors import JoulemarkError, TooManyAttempts, http_status, to_problem
-from joulemark.wire import SCHEMA, Problem
+from joulemark.errors import JoulemarkError
+from joulemark.wire import SCHEMA
 from joulemark_host.access import Access
 from joulemark_host.dispatch import Dispatch
 from joulemark_host.identity import HostIdentity
@@ -29,10 +27,10 @@ from joulemark_host.records import Records
 from joulemark_host.routes import devices, entrance, grid, orders, shelf
 from joulemark_host.routes import records as record_routes
 from joulemark_host.shelf import Shelf
+from joulemark_http.answers import problem_of
+from joulemark_http.interface import PROBLEM, described, errors
 
-LOG = logging.getLogger(__name__)
 BODY_TIMEOUT_S = 120.0
-STATUSES = {"too_large": 413, "unsupported_media": 415, "bad_input": 422}
 
 
 def create_app(
@@ -46,7 +44,14 @@ def create_app(
 ) -> FastAPI:
     """The application. `allowed_hosts` are the names under which it may be asked for. Without `access` the host is open."""
     access = access or Access(None)
-    app = FastAPI(title="Joulemark host", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="Joulemark host",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        responses=errors(PROBLEM, "text/html"),
+    )
     app.state.stopping = lambda: False  # whoever serves the application says when it ends
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts))
     app.add_middleware(_SecurityHeaders)  # the last added is the outermost, so refusals have the headers too
@@ -70,50 +75,20 @@ def _add_state(app: FastAPI, access: Access) -> None:
 
     @app.get("/openapi.json", dependencies=[Depends(access.guard("viewer", "operator"))], include_in_schema=False)
     def interface() -> dict[str, Any]:
-        return app.openapi()
+        return described(app)
 
 
 def _add_errors(app: FastAPI) -> None:
-    def answer(request: Request, problem: Problem) -> Response:
-        status = STATUSES.get(problem.code) or http_status(problem.code)
-        if "text/html" in request.headers.get("accept", "") and request.method == "GET":
+    def answer(request: Request, error: Exception) -> Response:
+        status, problem, headers = problem_of(request, error)
+        if "text/html" in request.headers.get("accept", "") and request.method == "GET":  # a person, not a program
             if status == 401:
                 return RedirectResponse("/enter", 303)
-            return HTMLResponse(error_page(status, problem.message, problem.hint), status)
-        return JSONResponse(problem.model_dump(), status)
+            return HTMLResponse(error_page(status, problem.message, problem.hint), status, headers)
+        return JSONResponse(problem.model_dump(), status, headers)
 
-    @app.exception_handler(JoulemarkError)
-    def expected(request: Request, error: JoulemarkError) -> Response:
-        response = answer(request, to_problem(error))
-        if response.status_code == 401:
-            response.headers["WWW-Authenticate"] = "Bearer"
-        if isinstance(error, TooManyAttempts):
-            response.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
-        return response
-
-    @app.exception_handler(RequestValidationError)
-    def wrong_query(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return answer(
-            request, Problem(code="bad_input", message=f"{where}: {first['msg']}", hint="correct the address")
-        )
-
-    @app.exception_handler(HTTPException)
-    def wrong_address(request: Request, error: HTTPException) -> Response:
-        problem = Problem(code="not_found", message=f"{request.url.path}: {error.detail}", hint="the heatmap is at /")
-        response = answer(request, problem)
-        response.status_code = error.status_code
-        response.headers.update(error.headers or {})
-        return response
-
-    @app.exception_handler(Exception)
-    def unexpected(request: Request, error: Exception) -> Response:
-        problem = to_problem(error)
-        if problem.code == "internal":  # its text may hold paths; the log has it with the traceback
-            LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
-            problem = problem.model_copy(update={"message": "the host failed; its log says where"})
-        return answer(request, problem)
+    for kind in (HTTPException, RequestValidationError, JoulemarkError, Exception):
+        app.add_exception_handler(kind, answer)
 
 
 class _SecurityHeaders:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 
 import sqlalchemy as sa
 
-from joulemark.errors import BadInput, Conflict, NotFound
+from joulemark.errors import BadInput, Conflict, Forbidden, NotFound
 from joulemark.protocol import Orders, Report, ReportAnswer
 from joulemark.signing import SigningKey
 from joulemark.wire import Manifest, Problem, RunSpec, content_id
@@ -154,9 +154,12 @@ class Dispatch:
             return {row.device_id: row.revision for row in connection.execute(query)}
 
     def orders(self, device_id: str) -> Orders:
-        """What this board is to do now. Leases it the next run when it holds none."""
+        """What this board is to do now. Leases it the next run when it holds none. Raises Forbidden for a board that is not approved: it
+        may have been revoked while it waited for news."""
         self.expire()
         with transaction(self._engine, write=True) as connection:
+            if (device := device_row(connection, device_id))["admission"] != "approved":
+                raise Forbidden(f"the board {device['name']!r} takes no part now", "`joulemark devices` says why")
             fetch, forget = self._holdings.orders(connection, device_id)
             run = self._queue.held(connection, device_id)
             return Orders(

@@ -76,7 +76,8 @@ def host(
     from joulemark_host.access import Access
     from joulemark_host.api import create_app
     from joulemark_host.dispatch import Dispatch
-    from joulemark_host.server import bind, is_loopback, names_of, own_names, serve
+    from joulemark_host.server import bind, names_of, own_names, serve
+    from joulemark_http.listening import is_loopback
 
     folder = identity_folder(data)
     if not open_to_all and not identity.exists(folder):

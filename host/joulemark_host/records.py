@@ -23,7 +23,7 @@ from pydantic_core import from_json
 from sqlalchemy.engine import Connection, RowMapping
 from sqlalchemy.exc import IntegrityError
 
-from joulemark.errors import BadInput, Conflict, Forbidden, NotFound
+from joulemark.errors import BadInput, Conflict, Forbidden, NotFound, TooLarge
 from joulemark.wire import SCHEMA, Absent, Measure, Metric, Problem, RunRecord, content_id
 from joulemark_host.database import open_database, transaction
 from joulemark_host.facts import FACTS_VERSION, RunFacts, facts_of
@@ -32,12 +32,6 @@ from joulemark_host.tables import METRICS_TABLE, QUARANTINE, RECORDS
 LOG = logging.getLogger(__name__)
 MAX_RECORD_BYTES = 64 * 2**20
 QUARANTINE_PER_RUN = 8
-
-
-class TooLarge(BadInput):
-    """A body above the size that this host takes."""
-
-    code = "too_large"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from joulemark_agent.backends.llamacpp import LlamaSession
 from joulemark_agent.machine import cpu_model, usable_cores
 from joulemark_agent.planning import common_prefix
 from joulemark_agent.sysfs import Roots
-from tests.bench import engines, exports, transfers
+from tests.bench import engines, exports, kills, transfers
 from tests.bench.loops import Batched, Prefill, Stream, counted
 from tests.bench.pairs import Figure, Pairs, take_turns
 from tests.fixtures.agent_process import AgentProcess
@@ -269,10 +269,15 @@ PARTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "sampler": measure_sampler,
     "engines": measure_engines,
     "push": lambda _: transfers.measure_push(say),
+    "kills": lambda _: kills.measure_kills(say),
     "large": lambda _: exports.measure_large(say),
     "gptq": lambda _: exports.measure_gptq(say),
     "methods": lambda _: exports.measure_methods(say),
 }
+
+
+ON_DEMAND = ("kills",)
+"""Parts that are no speeds and take hours: only with `--only`."""
 
 
 def say(text: str) -> None:
@@ -296,7 +301,7 @@ def main() -> int:
             say(f"{finding.area} before: {finding.status}: {finding.text}")
     bench = Bench(model, choices, problems, usable_cores(roots))
     done: list[Figure] = []
-    for part in options.only or PARTS:
+    for part in options.only or [part for part in PARTS if part not in ON_DEMAND]:
         for figure in PARTS[part](bench):
             done.append(figure)
             say(figure.line())

@@ -220,7 +220,7 @@ def test_what_enrolment_gives_can_be_checked(host: Host):
 def test_malformed_enrolments_are_refused_in_words(host: Host, body: bytes):
     for path in ("/api/enrolment", "/api/people"):
         answer = host.http.post(path, content=body)
-        assert answer.status_code == 422 and answer.json()["hint"]
+        assert answer.status_code == 400 and answer.json()["hint"]
     assert host.http.post("/api/enrolment", content=b" " * (1 << 20)).status_code == 413
 
 
@@ -244,6 +244,9 @@ def test_a_browser_enters_with_a_key_looks_and_may_not_write(host: Host):
     for name, text in (("<script>", key.text()), ("bob", "nonsense"), ("", "")):
         answer = host.http.post("/enter", data={"name": name, "key": text})
         assert answer.status_code == 403 and "<script>" not in answer.text
+    for form in ("a=1&" * 20, "\xff\xfe", "key", "=&=&=", "key=%ff%fe&name=%00"):
+        answer = host.http.post("/enter", content=form.encode("latin-1"))
+        assert answer.status_code == 403 and "<form" in answer.text
 
 
 def test_an_open_host_takes_everybody_for_its_operator(tmp_path: Path):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from joulemark.errors import BadInput, Conflict, NotFound
+from joulemark.errors import BadInput, Conflict, Forbidden, NotFound
 from joulemark.protocol import Holding, Refusal, Report
 from joulemark.signing import SigningKey, opened
 from joulemark.statements import FetchOrder, RunOrder
@@ -318,6 +318,21 @@ def test_boards_are_meant_by_name_id_group_or_all(dispatch: Dispatch, boards: li
     for wrong in ("lab", "new", "nobody"):
         with pytest.raises(NotFound):
             dispatch.devices(wrong)
+
+
+def test_a_board_that_was_revoked_while_it_waited_gets_no_orders(
+    dispatch: Dispatch, boards: list[str], database: str, clock: Clock
+):
+    one, two = boards
+    for device_id in boards:
+        dispatch.queue(device_id, spec(f"for-{device_id}"), SMOL_Q8)
+    registry = Registry(database, "ab" * 32, clock)
+    registry.revoke("one", "ann")
+    with pytest.raises(Forbidden, match="takes no part"):
+        dispatch.orders(one)
+    assert held(dispatch, two) is not None
+    assert states(dispatch) == {f"for-{one}": "queued", f"for-{two}": "leased"}
+    registry.close()
 
 
 def test_many_askers_at_once_get_one_lease(dispatch: Dispatch, boards: list[str]):

@@ -7,8 +7,9 @@ from starlette.concurrency import run_in_threadpool
 
 from joulemark.protocol import DeviceRow, SessionAnswer, SessionRequest
 from joulemark_host.access import Access, address_of
-from joulemark_host.intake import parsed_body
 from joulemark_host.registry import Caller, Registry
+from joulemark_http.bodies import read_model
+from joulemark_http.interface import takes
 
 
 def create_router(registry: Registry, access: Access) -> APIRouter:
@@ -17,9 +18,9 @@ def create_router(registry: Registry, access: Access) -> APIRouter:
     board, operator = access.board(), access.guard("operator")
     readers = [Depends(access.guard("viewer", "operator"))]
 
-    @router.put("/api/device/session")
+    @router.put("/api/device/session", openapi_extra=takes(SessionRequest))
     async def begin(request: Request, caller: Caller = Depends(board)) -> SessionAnswer:
-        asked = await parsed_body(SessionRequest, request.stream(), request.headers.get("content-length"))
+        asked = await read_model(request, SessionRequest)
         device = await run_in_threadpool(registry.begin_session, caller.subject, asked, address_of(request))
         return SessionAnswer(name=device.name, admission=device.admission, host_time=registry.now())
 

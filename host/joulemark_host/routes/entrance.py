@@ -18,9 +18,10 @@ from joulemark.statements import DeviceStatement
 from joulemark.wire import Identifier
 from joulemark_host.access import COOKIE, Access, address_of
 from joulemark_host.identity import HostIdentity, certify_device
-from joulemark_host.intake import parsed_body, small_body
 from joulemark_host.page import entrance_page
 from joulemark_host.registry import Registry
+from joulemark_http.bodies import read_body, read_model
+from joulemark_http.interface import takes, takes_form
 
 COOKIE_LIFE_S = 90 * 86_400
 
@@ -34,15 +35,15 @@ def create_router(identity: HostIdentity, registry: Registry, access: Access) ->
     def host_facts() -> HostFacts:
         return facts
 
-    @router.post("/api/enrolment", status_code=201)
+    @router.post("/api/enrolment", status_code=201, openapi_extra=takes(EnrolmentRequest))
     async def enrol(request: Request) -> EnrolmentAnswer:
-        asked = await parsed_body(EnrolmentRequest, request.stream(), request.headers.get("content-length"))
+        asked = await read_model(request, EnrolmentRequest)
         with _counted(access, request):
             return await run_in_threadpool(_take_in, identity, facts, registry, asked, address_of(request))
 
-    @router.post("/api/people", status_code=201)
+    @router.post("/api/people", status_code=201, openapi_extra=takes(PersonRequest))
     async def sign_in(request: Request) -> PersonAnswer:
-        asked = await parsed_body(PersonRequest, request.stream(), request.headers.get("content-length"))
+        asked = await read_model(request, PersonRequest)
         with _counted(access, request):
             return await run_in_threadpool(_welcome, registry, asked.key, asked.name)
 
@@ -50,13 +51,12 @@ def create_router(identity: HostIdentity, registry: Registry, access: Access) ->
     def entrance() -> str:
         return entrance_page()
 
-    @router.post("/enter")
+    @router.post("/enter", response_class=HTMLResponse, openapi_extra=takes_form("key", "name"))
     async def enter(request: Request) -> Response:
-        body = await small_body(request.stream(), request.headers.get("content-length"))
-        fields = parse_qs(body.decode("utf-8", "replace"), max_num_fields=8)
-        key, name = (fields.get(field, [""])[0].strip() for field in ("key", "name"))
+        body = await read_body(request)
         try:
             with _counted(access, request):
+                key, name = _form(body)
                 answer = await run_in_threadpool(_welcome, registry, key, _identifier(name))
         except JoulemarkError as error:
             return HTMLResponse(entrance_page(error.message, error.hint), 403)
@@ -106,6 +106,15 @@ def _welcome(registry: Registry, key: str, name: str) -> PersonAnswer:
     credential, role = registry.enrol_person(credentials.parse_enrolment_key(key), name)
     assert role != "device"
     return PersonAnswer(credential=credential.text(), role=role)
+
+
+def _form(body: bytes) -> tuple[str, str]:
+    """The key and the name that a browser sends."""
+    try:
+        fields = parse_qs(body.decode("utf-8", "replace"), max_num_fields=8)
+    except ValueError as error:
+        raise BadInput("this is not the form that was given", "go back and fill it in again") from error
+    return fields.get("key", [""])[0].strip(), fields.get("name", [""])[0].strip()
 
 
 def _identifier(name: str) -> str:

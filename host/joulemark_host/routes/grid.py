@@ -16,6 +16,14 @@ from joulemark_host.records import Records
 from joulemark_host.shelf import Shelf
 
 DEFAULT_METRIC = "accuracy"
+
+
+class CsvResponse(Response):
+    """A table that a spreadsheet opens."""
+
+    media_type = "text/csv"
+
+
 Name = Annotated[str | None, Query(max_length=80)]
 
 
@@ -46,11 +54,11 @@ def create_router(shelf: Shelf, records: Records, access: Access) -> APIRouter:
     def grid_json(metric: Name = None, task: Name = None) -> Grid:
         return needed(metric, task)
 
-    @router.get("/api/grid.csv", dependencies=readers)
+    @router.get("/api/grid.csv", response_class=CsvResponse, dependencies=readers)
     def grid_as_csv(metric: Name = None, task: Name = None) -> Response:
         grid = needed(metric, task)
         disposition = f'attachment; filename="{grid.metric}-{grid.task}.csv"'
-        return Response(grid_csv(grid), media_type="text/csv", headers={"Content-Disposition": disposition})
+        return CsvResponse(grid_csv(grid), headers={"Content-Disposition": disposition})
 
     @router.get("/", response_class=HTMLResponse, dependencies=readers)
     def page(metric: Name = None, task: Name = None) -> str:

@@ -13,11 +13,12 @@ from joulemark.errors import NotFound
 from joulemark.protocol import Report, ReportAnswer
 from joulemark_host.access import Access
 from joulemark_host.dispatch import Dispatch
-from joulemark_host.intake import parsed_body
 from joulemark_host.queue_page import queue_page
 from joulemark_host.registry import Caller
 from joulemark_host.shelf import Shelf
 from joulemark_host.waiting import Waiting
+from joulemark_http.bodies import read_model
+from joulemark_http.interface import takes
 
 LONGEST_WAIT_S = 55.0
 """Below the minute after which many routers forget a silent connection."""
@@ -30,7 +31,7 @@ def create_router(dispatch: Dispatch, shelf: Shelf, access: Access, stopping: Ca
     readers = [Depends(access.guard("viewer", "operator"))]
     waiting = Waiting(dispatch.revisions, stopping)
 
-    @router.get("/api/device/orders")
+    @router.get("/api/device/orders", responses={204: {"description": "Nothing new came in that time"}})
     async def orders(
         caller: Caller = Depends(board),
         after: Annotated[int, Query(ge=-1, le=2**53)] = -1,
@@ -42,9 +43,9 @@ def create_router(dispatch: Dispatch, shelf: Shelf, access: Access, stopping: Ca
         answer = await run_in_threadpool(dispatch.orders, caller.subject)
         return JSONResponse(answer.model_dump(mode="json", by_alias=True))
 
-    @router.post("/api/device/report")
+    @router.post("/api/device/report", openapi_extra=takes(Report))
     async def report(request: Request, caller: Caller = Depends(board)) -> ReportAnswer:
-        said = await parsed_body(Report, request.stream(), request.headers.get("content-length"))
+        said = await read_model(request, Report)
         return await run_in_threadpool(dispatch.report, caller.subject, said)
 
     @router.get("/api/targets", dependencies=readers)

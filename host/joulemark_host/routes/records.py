@@ -12,11 +12,13 @@ from starlette.concurrency import run_in_threadpool
 from joulemark.lineage import check_record, envelope_of
 from joulemark.protocol import SIGNATURE_HEADER
 from joulemark.statements import write_envelope
+from joulemark.wire import RunRecord
 from joulemark_host.access import Access
 from joulemark_host.dispatch import Dispatch
-from joulemark_host.intake import spool
 from joulemark_host.records import Origin, Records
 from joulemark_host.registry import Caller
+from joulemark_http.bodies import spool
+from joulemark_http.interface import takes
 
 
 def create_router(
@@ -48,15 +50,9 @@ def create_router(
         issued = dispatch.issued
         return Origin(device_id, write_envelope(envelope), lambda artifact_id: issued(device_id, artifact_id))
 
-    @router.put("/api/records/{run_id}", status_code=201)
+    @router.put("/api/records/{run_id}", status_code=201, openapi_extra=takes(RunRecord))
     async def put(request: Request, run_id: str, caller: Caller = Depends(sender)) -> JSONResponse:
-        body = await spool(
-            request.stream(),
-            request.headers.get("content-length"),
-            request.headers.get("content-encoding"),
-            records.max_record_bytes,
-            body_timeout_s,
-        )
+        body = await spool(request, records.max_record_bytes, body_timeout_s)
         status = await run_in_threadpool(store, body, run_id, caller, request.headers.get(SIGNATURE_HEADER))
         return JSONResponse({"run_id": run_id, "stored": "created" if status == 201 else "unchanged"}, status)
 
