@@ -71,6 +71,8 @@ class SessionRequest(Wire):
     boot_id: Title
     hardware: Sha256 | None
     facts: DeviceFacts
+    holds: Annotated[tuple[Sha256, ...], Field(max_length=10_000)] = ()
+    """The artifacts that are whole on this board: what the host believes to be there and is not, it orders anew when it is needed."""
 
 
 class SessionAnswer(Wire):
@@ -95,6 +97,8 @@ class Orders(Wire):
     """Runs to end."""
     forget: tuple[Sha256, ...] = ()
     """Artifacts to remove."""
+    needed: tuple[Sha256, ...] = ()
+    """Artifacts that runs in this board's queue are about: they do not give way when the store is full."""
 
 
 TargetState = Literal["unknown", "registered", "pending", "in_sync", "error"]
@@ -102,10 +106,10 @@ TargetState = Literal["unknown", "registered", "pending", "in_sync", "error"]
 
 
 class Holding(Wire):
-    """How far one artifact is on a board."""
+    """How far one artifact is on a board. `evicted`: it gave way to another one, for want of space."""
 
     artifact_id: Sha256
-    state: Literal["pending", "in_sync", "error"]
+    state: Literal["pending", "in_sync", "error", "evicted"]
     received_bytes: Annotated[int, Field(ge=0)] = 0
     problem: Problem | None = None
 

@@ -47,6 +47,13 @@ def agent(
         float | None,
         typer.Option(min=0.01, help="Fetch artifacts at so many MB/s at most, to leave the network to others."),
     ] = None,
+    store_limit: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="GB that models may take here; the least recently used one that no queued run needs gives way. Default: the disk's space.",
+        ),
+    ] = None,
     open_to_all: Annotated[
         bool,
         typer.Option("--open", help="For a trial: let everybody on this machine in, on loopback, with nothing signed."),
@@ -65,6 +72,7 @@ def agent(
         host_url=host_url,
         open_to_all=open_to_all,
         limit_rate=limit_rate * 1e6 if limit_rate is not None else None,
+        store_bytes=int(store_limit * 1e9) if store_limit is not None else None,
         key_file=enrol_key_file.expanduser() if enrol_key_file is not None else None,
         profile=profile,
         replay=replay,

@@ -52,6 +52,10 @@ class Completions:
             self._worker.stop()
             self._worker = None
 
+    def uses(self, artifact_id: str) -> bool:
+        """Whether the worker has this artifact loaded."""
+        return self._worker is not None and self._artifact_id == artifact_id
+
     def complete(self, artifact_id: str, job: CompletionJob) -> Iterator[Piece | Completed]:
         """Pieces, then Completed. Raises Conflict while a run is measured, NotFound, or what the engine said.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable
 
@@ -57,6 +58,8 @@ class OrderBook:
         self._lock = threading.RLock()
         self._holdings: dict[Sha256, float] = {}  # artifact id: when its transfer may be started (again), monotonic
         self._given_up: dict[Sha256, Problem] = {}
+        self._evicted: set[Sha256] = set()
+        self._needed: frozenset[Sha256] = frozenset()
         self._waiting: dict[Identifier, RunSpec] = {}
         self._runs: set[Identifier] = set()
         self._queue_again_s = 0.0
@@ -80,6 +83,7 @@ class OrderBook:
     def follow(self, orders: Orders) -> None:
         """Brings the board to what the host wants now. What cannot be accepted is reported and does not stop the rest."""
         self._ledger.hear_time(orders.host_time)
+        self._needed = frozenset(orders.needed)
         envelopes = [*orders.fetch, *([orders.run] if orders.run is not None else [])]
         for envelope in sorted(envelopes, key=_sequence):
             self._follow(envelope)
@@ -87,6 +91,17 @@ class OrderBook:
             self.cancel(run_id)
         for artifact_id in orders.forget:
             self._try(lambda artifact_id=artifact_id: self._forget(artifact_id))
+
+    def needs(self, artifact_id: Sha256) -> bool:
+        """Whether a run that waits here or at the host is about this artifact. Without the lock: the store asks, holding its own."""
+        waiting = tuple(self._waiting.values())
+        return artifact_id in self._needed or any(spec.artifact_id == artifact_id for spec in waiting)
+
+    def evicted(self, artifact_id: Sha256) -> None:
+        """The store has given an artifact up for another one: the host has to know."""
+        with self._lock:
+            self._evicted.add(artifact_id)
+            self._holdings[artifact_id] = math.inf
 
     def cancel(self, run_id: Identifier) -> None:
         """Ends a run, wherever it is; one that this board never had counts as ended."""
@@ -139,6 +154,7 @@ class OrderBook:
                 if holding.state != "pending":
                     self._holdings.pop(holding.artifact_id, None)
                     self._given_up.pop(holding.artifact_id, None)
+                    self._evicted.discard(holding.artifact_id)
                     self._told.pop(holding.artifact_id, None)
 
     def forget_told(self) -> None:
@@ -151,6 +167,9 @@ class OrderBook:
         self._check(order)
         artifact_id = content_id(order.manifest)
         with self._lock:
+            if artifact_id in self._evicted:
+                self._evicted.remove(artifact_id)
+                self._holdings.pop(artifact_id, None)
             self._holdings.setdefault(artifact_id, 0.0)
             self._given_up.pop(artifact_id, None)
             self._told.pop(artifact_id, None)
@@ -213,6 +232,8 @@ class OrderBook:
         return True
 
     def _holding(self, artifact_id: Sha256) -> Holding:
+        if artifact_id in self._evicted:
+            return Holding(artifact_id=artifact_id, state="evicted")
         if (given_up := self._given_up.get(artifact_id)) is not None:
             return Holding(artifact_id=artifact_id, state="error", problem=given_up)
         try:

@@ -118,7 +118,17 @@ class _AtHost:
 def assemble(settings: Settings, who: Identity) -> Services:
     """All parts of an agent, not yet started. Raises OSError when the data folder cannot be written."""
     settings.data.mkdir(parents=True, exist_ok=True)
-    store = Store(settings.data / "store")
+
+    def needed(artifact_id: str) -> bool:
+        ordered = at_host is not None and at_host.book.needs(artifact_id)
+        return ordered or jobs.needs(artifact_id) or completions.uses(artifact_id)
+
+    def evicted(artifact_id: str) -> None:
+        log.info("artifact %s… gave way to another one", artifact_id[:12])
+        if at_host is not None:
+            at_host.book.evicted(artifact_id)
+
+    store = Store(settings.data / "store", limit_bytes=settings.store_bytes, needed=needed, on_evicted=evicted)
     journal = Journal(settings.data / "journal.sqlite")
     outbox = Outbox(settings.data / "outbox.sqlite", settings.outbox_bytes, settings.outbox_age_s)
     names = [who.membership.name if who.membership is not None else settings.name]
@@ -192,6 +202,7 @@ def _at_host(
             boot_id=boot if isinstance(boot, str) else "unknown",
             hardware=hardware.digest(settings.roots, who.key.public),
             facts=device(),
+            holds=tuple(store.artifacts()),
         )
 
     return _AtHost(ledger, book, Session(link, book, presentation, jobs.current, on_answer))

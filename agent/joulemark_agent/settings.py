@@ -22,6 +22,8 @@ class Settings:
     """A one-time enrolment key that is used, and removed, at the first start."""
     limit_rate: float | None = None
     """Bytes per second at which artifacts are fetched at most."""
+    store_bytes: int | None = None
+    """What artifacts may take on this board; None: what the disk holds."""
     profile: str | None = None
     roots: Roots = field(default_factory=Roots)
     replay: Path | None = None

@@ -9,7 +9,8 @@
 
 Names from outside never become paths: ids are 64 hex digits or are refused. A cut of power or a kill leaves every
 artifact complete or incoming; both survive, and an upload goes on where it stopped. Files that artifacts share are kept
-once. Not aware of HTTP or of who may send.
+once. What is not needed gives way to what is announced, the least recently used first: the times of the manifests'
+files count up with every use, whatever the clock says. Not aware of HTTP or of who may send.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from joulemark.wire import FileEntry, Manifest, Wire, content_id
 from joulemark_agent.incoming import IncomingFile
 from joulemark_agent.manifests import Manifests
 from joulemark_agent.refusals import storage_errors, write_file
+from joulemark_agent.room import to_evict
 
 RESERVE_BYTES = 128 * 1024 * 1024
 """Left free for the journal, the outbox and the system when an artifact is accepted."""
@@ -61,14 +63,26 @@ def free_bytes(folder: Path) -> int:
 class Store:
     """See the module. Safe for several threads. `free` tells the free bytes of a folder's file system.
 
+    `limit_bytes` is what complete and announced artifacts may take together (None: what the disk holds). `needed` says whether an artifact
+    has to stay, and must not wait for anybody; `on_evicted` hears of one that gave way.
+
     Raises NoSpace when the disk is full and JoulemarkError (not_permitted, storage_failed) when it refuses. An existing
     store on a file system that became read-only can still be read.
     """
 
     def __init__(
-        self, root: Path, reserve_bytes: int = RESERVE_BYTES, free: Callable[[Path], int] = free_bytes
+        self,
+        root: Path,
+        reserve_bytes: int = RESERVE_BYTES,
+        free: Callable[[Path], int] = free_bytes,
+        limit_bytes: int | None = None,
+        needed: Callable[[str], bool] = lambda _: True,
+        on_evicted: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._root = root
+        self._limit_bytes = limit_bytes
+        self._needed = needed
+        self._on_evicted = on_evicted
         self._reserve_bytes = reserve_bytes
         self._free = free
         self._lock = threading.RLock()
@@ -91,16 +105,21 @@ class Store:
     def announce(self, manifest: Manifest) -> tuple[str, tuple[str, ...]]:
         """Makes room for an artifact; returns its id and the sha256 of the files to send. Announcing again is harmless.
 
-        Raises NoSpace before anything is sent, BadInput when another artifact states another size for the same file.
+        Raises NoSpace before anything is sent or removed, BadInput when another artifact states another size for the same file.
         """
         artifact_id = content_id(manifest)
-        with self._lock:
-            if artifact_id not in self._manifests.complete:
-                self._check_sizes(manifest)
-                self._check_space(manifest)
-                self._manifests.add(artifact_id, manifest)
-                self._promote()
-            return artifact_id, self.missing(manifest)
+        evicted: list[str] = []
+        try:
+            with self._lock:
+                if artifact_id not in self._manifests.complete:
+                    self._check_sizes(manifest)
+                    self._make_room(manifest, evicted)
+                    self._manifests.add(artifact_id, manifest)
+                    self._promote()
+                return artifact_id, self.missing(manifest)
+        finally:
+            for gone in evicted:
+                self._on_evicted(gone)
 
     def missing(self, manifest: Manifest) -> tuple[str, ...]:
         """sha256 of the manifest's files that are not (completely) here, each once."""
@@ -236,6 +255,7 @@ class Store:
         Raises NotFound when a file is not here.
         """
         manifest = self.manifest(artifact_id)
+        self._manifests.use(artifact_id)
         paths = {entry.path: self.file_path(entry.sha256) for entry in manifest.files}
         first = manifest.files[0].path
         if len(paths) == 1:
@@ -336,25 +356,45 @@ class Store:
                     "one of the manifests is wrong: describe the file again",
                 )
 
-    def _check_space(self, manifest: Manifest) -> None:
-        """Everything that is announced and not here must fit, with the reserve; the quarantine yields."""
+    def _make_room(self, manifest: Manifest, evicted: list[str]) -> None:
+        """Everything that is announced and not here must fit, within the limit and with the disk's reserve. The quarantine yields, then
+        artifacts that nobody needs now: they are added to `evicted`."""
         wanted = {entry.sha256: entry for known in self._manifests.incoming.values() for entry in known.files}
         wanted.update({entry.sha256: entry for entry in manifest.files})
-        needed = sum(entry.size_bytes - self._received(entry) for entry in wanted.values())
-        if not needed:
+        coming = sum(entry.size_bytes - self._received(entry) for entry in wanted.values())
+        if not coming:
             return
         with storage_errors(f"cannot look at the space of {self._root}"):
-            free = self._free(self._root)
-            if free < needed + self._reserve_bytes:
+            over_disk = coming + self._reserve_bytes - self._free(self._root)
+            if over_disk > 0:
                 for path in (self._root / "quarantine").iterdir():
                     path.unlink()
-                free = self._free(self._root)
-        if free < needed + self._reserve_bytes:
+                over_disk = coming + self._reserve_bytes - self._free(self._root)
+        missing = max(over_disk, self._over_limit(manifest))
+        if missing <= 0:
+            return
+        going = [artifact_id for artifact_id in self._manifests.least_recent() if not self._needed(artifact_id)]
+        complete = self._manifests.complete
+        staying = [complete[artifact_id] for artifact_id in complete if artifact_id not in going]
+        staying += [manifest, *self._manifests.incoming.values()]
+        chosen = to_evict(going, complete, staying, missing)
+        if chosen is None:
+            limit = f", {self._limit_bytes / 1e6:.0f} MB are allowed" if self._limit_bytes is not None else ""
             raise NoSpace(
-                f"{needed / 1e6:.0f} MB are to come, {free / 1e6:.0f} MB are free"
-                f" and {self._reserve_bytes / 1e6:.0f} MB are kept in reserve",
-                "delete an artifact on this board, or use a larger disk",
+                f"{coming / 1e6:.0f} MB are to come, {missing / 1e6:.0f} MB are missing{limit}"
+                f" ({self._reserve_bytes / 1e6:.0f} MB of the disk are kept in reserve)",
+                "remove an artifact that is needed no more (joulemark artifacts --forget), raise --store-limit, or use a larger disk",
             )
+        for artifact_id in chosen:
+            self.delete(artifact_id)
+            evicted.append(artifact_id)
+
+    def _over_limit(self, manifest: Manifest) -> int:
+        """By how many bytes what is here and announced, with `manifest`, goes over the limit."""
+        if self._limit_bytes is None:
+            return 0
+        files = self._manifests.entries() | {entry.sha256: entry for entry in manifest.files}
+        return sum(entry.size_bytes for entry in files.values()) - self._limit_bytes
 
     def _promote(self) -> None:
         """Turns every incoming artifact whose files are all here into a complete one."""

@@ -169,7 +169,13 @@ class Dispatch:
                 run=run,
                 cancel=self._queue.to_cancel(connection, device_id),
                 forget=forget,
+                needed=run_queue.needed(connection, device_id),
             )
+
+    def compare(self, device_id: str, holds: Collection[str]) -> None:
+        """A board has begun anew and says which artifacts it has."""
+        with transaction(self._engine, write=True) as connection:
+            self._holdings.compare(connection, device_id, frozenset(holds))
 
     def report(self, device_id: str, report: Report) -> ReportAnswer:
         """Takes in what has changed on a board; renews the lease of the run that it is at."""

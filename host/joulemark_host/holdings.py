@@ -1,12 +1,13 @@
 """Artifacts on boards: what each is to hold, and how far it is.
 
 Works on a connection that somebody else opened. A row is the order that stands for one artifact on one board; it stays when the artifact is
-forgotten, because results about it may still arrive. Not aware of runs. Times are seconds of the clock that is passed in, sizes bytes.
+forgotten, because results about it may still arrive. Of runs it knows only whether one needs an artifact. Times are seconds of the clock
+that is passed in, sizes bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from joulemark.plain_text import printable_problem
 from joulemark.protocol import Holding, Refusal, TargetState
 from joulemark.statements import Envelope, FetchOrder, read_envelope
 from joulemark.wire import Manifest, Problem, content_id
+from joulemark_host import run_queue
 from joulemark_host.fleet_tables import DEVICES, HOLDINGS
 from joulemark_host.issuing import Issuer, device_row, raise_revision
 
@@ -77,11 +79,29 @@ class Holdings:
         row = row_of(connection, device_id, holding.artifact_id)
         if row is None or row["state"] == "forgotten":
             return
+        if holding.state == "evicted":
+            self.gone(connection, row)
+            return
         problem = printable_problem(holding.problem).model_dump() if holding.problem is not None else None
         received = min(holding.received_bytes, row["size_bytes"])
         self._set(
             connection, device_id, row["artifact_id"], state=holding.state, received_bytes=received, problem=problem
         )
+
+    def gone(self, connection: Connection, row: RowMapping) -> None:
+        """An artifact is no more on its board: it is ordered anew at once if a run there needs it, else with the next run or push."""
+        if run_queue.needing(connection, row["device_id"], row["artifact_id"]):
+            self._sign_anew(connection, row)
+        else:
+            self._set(
+                connection, row["device_id"], row["artifact_id"], state="registered", received_bytes=0, problem=None
+            )
+
+    def compare(self, connection: Connection, device_id: str, holds: Collection[str]) -> None:
+        """A board has begun anew and says what it has: what was believed to be there and is not, is gone."""
+        for row in _rows(connection, device_id):
+            if row["state"] == "in_sync" and row["artifact_id"] not in holds:
+                self.gone(connection, row)
 
     def take_refusal(self, connection: Connection, device_id: str, refusal: Refusal) -> bool:
         """A board did not accept the order with this number: a stale one is signed anew, another is an error. Whether it is one of ours."""

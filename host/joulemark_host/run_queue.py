@@ -204,6 +204,12 @@ def needing(connection: Connection, device_id: str, artifact_id: str) -> list[st
     return [row["run_id"] for row in connection.execute(query).mappings() if _spec(row).artifact_id == artifact_id]
 
 
+def needed(connection: Connection, device_id: str) -> tuple[str, ...]:
+    """The artifacts that open runs of a board are about."""
+    query = sa.select(RUNS).where(RUNS.c.device_id == device_id, RUNS.c.status.in_(OPEN))
+    return tuple(sorted({_spec(row).artifact_id for row in connection.execute(query).mappings()}))
+
+
 def ordered(connection: Connection, run_id: str) -> str:
     """The envelope of the order under which a run was made. Raises NotFound."""
     row = _row(connection, run_id)

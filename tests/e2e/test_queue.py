@@ -81,6 +81,41 @@ def test_pushed_by_name_and_run_by_name(host: HostProcess, board: AgentProcess, 
     assert "in_sync" in listed.stdout and "tiny" in listed.stdout
 
 
+def test_a_full_board_makes_room_and_gets_back_what_a_run_needs(host: HostProcess, tmp_path: Path):
+    """Three models on a board that holds two: the least recently used gives way, and comes back with the run that needs it."""
+    subjects = [make_subject(host, tmp_path / f"m{n}", 3, f"m{n}", seed=n) for n in range(3)]
+    sizes = [sum(entry.size_bytes for entry in subject.manifest.files) for subject in subjects]
+    limit = (sum(sizes) - 1) / 1e9
+    key = host.key_file(tmp_path / "small.key")
+    options = ("--host-url", host.url, "--enrol-key-file", str(key), "--name", "small", "--store-limit", f"{limit:.9f}")
+    board = AgentProcess(tmp_path / "small", *options, open_to_all=False)
+    try:
+        device_id = host.registry.device("small").device_id
+
+        def has(*expected: str) -> bool:
+            states = {target.artifact_id: target.state for target in host.dispatch.targets(device_id)}
+            return [states.get(subject.artifact_id) for subject in subjects] == list(expected)
+
+        for number, subject in enumerate(subjects):
+            assert host.dispatch.push(device_id, subject.manifest)
+            want = ["in_sync"] * (number + 1) + [None] * (2 - number)  # type: ignore[list-item]
+            if number == 2:
+                want = ["registered", "in_sync", "in_sync"]
+            wait_until(lambda want=want: has(*want), 60)  # type: ignore[misc]
+        assert set(board.client.get("/api/artifacts").json()) == {subject.artifact_id for subject in subjects[1:]}
+        queue(host, subjects[0], "again", "small")
+        wait_until(lambda: status(host, "again") == "done", 60)
+        wait_until(lambda: has("in_sync", "registered", "in_sync"), 60)
+        board.kill()
+        (
+            tmp_path / "small" / "store" / "artifacts" / f"{subjects[2].artifact_id}.json"
+        ).unlink()  # a card that lost something
+        board.start()
+        wait_until(lambda: has("in_sync", "registered", "registered"), 60)
+    finally:
+        board.stop()
+
+
 def test_who_vouches_for_a_record(host: HostProcess, board: AgentProcess, tmp_path: Path):
     subject = make_subject(host, tmp_path / "files", 3)
     queue(host, subject, "only")

@@ -179,6 +179,32 @@ def test_a_transfer_that_gave_up_is_begun_again_but_not_at_once(world: World):
     assert world.tell() == {short(world): "error"}
 
 
+def test_what_gave_way_is_told_and_may_be_ordered_again(world: World):
+    artifact_id = content_id(world.manifest)
+    world.follow(fetch=[world.fetch()])
+    world.puller.arrive(world.manifest)
+    assert world.tell() == {short(world): "in_sync"}
+    world.store.delete(artifact_id)
+    world.book.evicted(artifact_id)
+    world.clock[0] += 2 * TRY_AGAIN_S
+    world.book.work()
+    assert len(world.puller.started) == 1  # nobody fetches what just gave way
+    assert world.tell() == {short(world): "evicted"} and world.tell() == {}
+    world.follow(fetch=[world.fetch()])
+    assert len(world.puller.started) == 2 and world.tell() == {short(world): "pending"}
+
+
+def test_what_waits_here_or_at_the_host_is_needed(world: World):
+    artifact_id = content_id(world.manifest)
+    assert not world.book.needs(artifact_id)
+    world.follow(needed=[artifact_id])
+    assert world.book.needs(artifact_id)
+    world.follow()
+    assert not world.book.needs(artifact_id)
+    world.follow(run=world.run())
+    assert world.book.needs(artifact_id)
+
+
 def test_an_artifact_that_does_not_fit_is_an_error_with_its_reason(world: World, tmp_path: Path):
     full = Store(tmp_path / "full", free=lambda _: 10)
     world.book._store = full

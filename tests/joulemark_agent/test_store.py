@@ -344,6 +344,91 @@ def test_space_is_checked_before_anything_is_sent(tmp_path: Path) -> None:
     store.announce(manifest_of(OTHER))
 
 
+class Quota:
+    """A store for two small artifacts, with what it needs and what it gave up."""
+
+    def __init__(self, root: Path, limit: int = 250) -> None:
+        self.needed: set[str] = set()
+        self.evicted: list[str] = []
+        self.root = root
+        self.limit = limit
+        self.open()
+
+    def open(self) -> None:
+        self.store = Store(
+            self.root,
+            free=plenty,
+            limit_bytes=self.limit,
+            needed=self.needed.__contains__,
+            on_evicted=self.evicted.append,
+        )
+
+    def push(self, letter: str, size: int = 100) -> str:
+        content = letter.encode() * size
+        return push(self.store, manifest_of(content, name=letter), content)
+
+
+def test_the_least_recently_used_artifact_gives_way_and_the_host_hears_of_it(tmp_path: Path) -> None:
+    quota = Quota(tmp_path)
+    a, b = quota.push("a"), quota.push("b")
+    assert set(quota.store.artifacts()) == {a, b} and quota.evicted == []
+    quota.store.model_path(a)  # a run, or a completion
+    c = quota.push("c")
+    assert set(quota.store.artifacts()) == {a, c} and quota.evicted == [b]
+    assert not quota.store._file(sha256(b"b" * 100)).exists()
+    os.utime(tmp_path / "artifacts" / f"{c}.json", (2, 2))  # whatever the clock said: the order of use is what counts
+    quota.open()
+    quota.store.model_path(a)
+    quota.open()  # also after a restart
+    d = quota.push("d")
+    assert set(quota.store.artifacts()) == {a, d} and quota.evicted == [b, c]
+
+
+def test_what_a_queued_run_needs_never_gives_way(tmp_path: Path) -> None:
+    quota = Quota(tmp_path)
+    a, b = quota.push("a"), quota.push("b")
+    quota.needed |= {a}
+    c = quota.push("c")
+    assert set(quota.store.artifacts()) == {a, c} and quota.evicted == [b]
+    quota.needed |= {c}
+    before = tree(tmp_path)
+    with pytest.raises(NoSpace, match="are missing") as raised:
+        quota.push("d")
+    assert "store-limit" in raised.value.hint
+    assert tree(tmp_path) == before and quota.evicted == [b]  # nothing was removed for nothing
+    with pytest.raises(NoSpace):
+        quota.push("huge", 251)
+    assert set(quota.store.artifacts()) == {a, c}
+
+
+def test_what_is_arriving_counts_and_is_not_taken_away(tmp_path: Path) -> None:
+    quota = Quota(tmp_path)
+    a = quota.push("a")
+    arriving = manifest_of(b"z" * 100, name="z")
+    quota.store.announce(arriving)
+    quota.store.append(sha256(b"z" * 100), 0, b"z" * 40)
+    b = quota.push("b")
+    assert set(quota.store.artifacts()) == {b} and quota.evicted == [a]
+    assert quota.store.offset(sha256(b"z" * 100)) == 40
+
+
+def test_a_full_disk_makes_room_too(tmp_path: Path) -> None:
+    evicted: list[str] = []
+    size = len(CONTENT)
+
+    def free(root: Path) -> int:
+        return 2 * size + 50 - sum(path.stat().st_size for path in (root / "files").rglob("*") if path.is_file())
+
+    store = Store(tmp_path, reserve_bytes=0, free=free, needed=lambda _: False, on_evicted=evicted.append)
+    first = push(store, manifest_of(CONTENT, name="first"), CONTENT)
+    other = CONTENT[::-1]
+    push(store, manifest_of(other, name="second"), other)
+    assert evicted == []
+    third = bytes(size)
+    push(store, manifest_of(third, name="third"), third)
+    assert evicted == [first]
+
+
 def test_the_quarantine_yields_when_space_is_needed(tmp_path: Path) -> None:
     rotten = tmp_path / "quarantine" / sha256(OTHER)
     store = Store(tmp_path, reserve_bytes=0, free=lambda _: 10 if rotten.exists() else 10_000)

@@ -115,6 +115,37 @@ def test_a_push_is_ordered_once_and_followed(dispatch: Dispatch, boards: list[st
     assert dispatch.orders(one).fetch == () and not dispatch.push(one, SMOL_Q8)
 
 
+def test_what_gave_way_on_a_board_is_ordered_again_when_it_is_needed(dispatch: Dispatch, boards: list[str]):
+    one = boards[0]
+    gone = Report(holdings=(Holding(artifact_id=ARTIFACT, state="evicted"),))
+    there = Report(holdings=(Holding(artifact_id=ARTIFACT, state="in_sync", received_bytes=SIZE),))
+    dispatch.push(one, SMOL_Q8)
+    dispatch.report(one, there)
+    dispatch.report(one, gone)
+    (target,) = dispatch.targets(one)
+    assert (target.state, target.received_bytes, target.problem) == ("registered", 0, None)
+    assert dispatch.orders(one).fetch == () and dispatch.orders(one).needed == ()
+    dispatch.queue(one, spec("a"), SMOL_Q8)  # a run needs it: it is ordered with the run
+    assert len(dispatch.orders(one).fetch) == 1 and dispatch.orders(one).needed == (ARTIFACT,)
+    dispatch.report(one, there)
+    dispatch.report(one, gone)  # it gave way although a run waits: ordered anew at once
+    assert dispatch.targets(one)[0].state == "pending" and len(dispatch.orders(one).fetch) == 1
+    assert dispatch.issued(one, ARTIFACT)
+
+
+def test_a_board_that_begins_anew_says_what_it_has(dispatch: Dispatch, boards: list[str]):
+    one, two = boards
+    for device_id in boards:
+        dispatch.push(device_id, SMOL_Q8)
+        dispatch.report(device_id, Report(holdings=(Holding(artifact_id=ARTIFACT, state="in_sync"),)))
+    dispatch.compare(one, [ARTIFACT, "f" * 64])
+    dispatch.compare(two, ["f" * 64])
+    assert [dispatch.targets(device_id)[0].state for device_id in boards] == ["in_sync", "registered"]
+    assert dispatch.push(two, SMOL_Q8) and not dispatch.push(one, SMOL_Q8)
+    dispatch.compare(two, [])
+    assert dispatch.targets(two)[0].state == "pending"  # what is on its way is not gone
+
+
 def test_every_board_has_a_state_for_an_artifact(dispatch: Dispatch, boards: list[str], clock: Clock):
     one, _ = boards
     dispatch.push(one, SMOL_Q8)

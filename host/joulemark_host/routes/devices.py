@@ -7,12 +7,13 @@ from starlette.concurrency import run_in_threadpool
 
 from joulemark.protocol import DeviceRow, SessionAnswer, SessionRequest
 from joulemark_host.access import Access, address_of
+from joulemark_host.dispatch import Dispatch
 from joulemark_host.registry import Caller, Registry
 from joulemark_http.bodies import read_model
 from joulemark_http.interface import takes
 
 
-def create_router(registry: Registry, access: Access) -> APIRouter:
+def create_router(registry: Registry, access: Access, dispatch: Dispatch | None) -> APIRouter:
     """What operators decide is under the board's name or id."""
     router = APIRouter()
     board, operator = access.board(), access.guard("operator")
@@ -22,6 +23,8 @@ def create_router(registry: Registry, access: Access) -> APIRouter:
     async def begin(request: Request, caller: Caller = Depends(board)) -> SessionAnswer:
         asked = await read_model(request, SessionRequest)
         device = await run_in_threadpool(registry.begin_session, caller.subject, asked, address_of(request))
+        if dispatch is not None:
+            await run_in_threadpool(dispatch.compare, caller.subject, asked.holds)
         return SessionAnswer(name=device.name, admission=device.admission, host_time=registry.now())
 
     @router.get("/api/devices", dependencies=readers)
