@@ -40,6 +40,9 @@ COMMANDS: dict[str, Command] = {
     "export": Command(_EXPORTER, "export", "turn a model into a verified artifact: fold, quantize, write, verify"),
     "adapter": Command(_EXPORTER, "export", "write a LoRA adapter as a GGUF file for hot-swapping"),
     "enrol": Command(_AGENT, "agent", "make this board known to a host, with a one-time key"),
+    "run-bundle": Command(
+        _AGENT, "agent", "on a board without a network: carry out a stick's orders, put records on it"
+    ),
     "host": Command(_FLEET, "host", "serve artifacts, take records, draw the grid; init, token"),
     "devices": Command(_FLEET, "host", "list boards; approve, rename, revoke them"),
     "publish": Command(_HOST, "host", "put a model or task packs on the host's shelf"),
@@ -48,6 +51,8 @@ COMMANDS: dict[str, Command] = {
     "run": Command(_HOST, "host", "evaluate an artifact on a board and wait for the record"),
     "sweep": Command(_QUEUE, "host", "evaluate every model on every task on every board"),
     "runs": Command(_QUEUE, "host", "list or cancel the runs that wait or are going on"),
+    "export-bundle": Command(_QUEUE, "host", "write what a board without a network has to do onto a stick"),
+    "import-results": Command(_QUEUE, "host", "take the records that a stick brings back"),
     "records": Command(_HOST, "host", "list the records that the host has"),
     "evidence": Command(_FLEET, "host", "a record with all its signatures in one file, for `verify`"),
     "heatmap": Command(_HOST, "host", "draw device × model as HTML and PNG"),

@@ -20,8 +20,8 @@ from starlette.exceptions import HTTPException
 from joulemark import __version__
 from joulemark.errors import BadInput, Conflict, JoulemarkError, NotFound, Untrusted
 from joulemark.packs import MAX_PACK_BYTES
-from joulemark.protocol import Challenge, Entry
-from joulemark.statements import MAX_ENVELOPE_BYTES, Envelope
+from joulemark.protocol import SIGNATURE_HEADER, Challenge, Entry
+from joulemark.statements import MAX_ENVELOPE_BYTES, Envelope, to_base64, write_envelope
 from joulemark.wire import SCHEMA, DeviceFacts, Manifest, RunSpec, TaskPack
 from joulemark_agent.completions import Completions
 from joulemark_agent.gate import Gate
@@ -55,6 +55,8 @@ class Services:
     device: Callable[[], DeviceFacts]
     notes: Callable[[], tuple[str, ...]]
     """What a person should know: the disk refuses, the host does not let the board take part."""
+    vouch: Callable[[str, bytes], Envelope | None]
+    """This board's word for a record (its run id, its bytes); None on an agent that belongs to no host."""
     start: Callable[[], None]
     stop: Callable[[], None]
 
@@ -240,4 +242,7 @@ def _add_runs(reader: APIRouter, operator: APIRouter, services: Services) -> Non
 
     @reader.get("/api/runs/{run_id}/record")
     def record(run_id: str) -> Response:
-        return Response(jobs.record(run_id), media_type="application/json")
+        body = jobs.record(run_id)
+        signature = services.vouch(run_id, body)
+        headers = {SIGNATURE_HEADER: to_base64(write_envelope(signature))} if signature is not None else {}
+        return Response(body, media_type="application/json", headers=headers)

@@ -90,14 +90,23 @@ def enrol(
     profile: Annotated[str | None, typer.Option(help="Device profile; default: the one that matches.")] = None,
     data: Annotated[Path, typer.Option(help="The agent's data folder.")] = DEFAULT_DATA,
     leave: Annotated[bool, typer.Option("--leave", help="Leave the host that this board belongs to now.")] = False,
+    stick: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder on a USB stick, for a board that cannot reach its host: once to ask, once with the answer."
+        ),
+    ] = None,
 ) -> None:
     """Make this board known to a host, once, with a key that `joulemark host token` printed there.
 
     The key names the host, so that no other can pose as it. Start the agent (again) afterwards.
+
+    Without a network: joulemark enrol https://workstation:8443 --key-file STICK/board.key --stick STICK; then on the host
+    `joulemark devices admit STICK`; then the first command again.
     """
     from joulemark_agent import identity
     from joulemark_agent.server import enrol as enrol_here
-    from joulemark_agent.server import read_key_file
+    from joulemark_agent.server import enrol_by_stick, read_key_file
     from joulemark_agent.settings import Settings
 
     who = identity.load(data.expanduser() / "identity")
@@ -111,12 +120,60 @@ def enrol(
         who = identity.load(who.folder)
     key = read_key_file(key_file.expanduser()) if key_file is not None else getpass.getpass("one-time key: ")
     settings = Settings(data=data.expanduser(), name=name or platform.node() or "board", profile=profile)
-    enrolled = enrol_here(settings, who, host_url, key)
+    if stick is None:
+        enrolled = enrol_here(settings, who, host_url, key)
+    elif (by_stick := enrol_by_stick(settings, who, host_url, key, stick.expanduser())) is not None:
+        enrolled = by_stick
+    else:
+        typer.echo(f"✓ this board's request is on the stick, key {signing.key_id(who.key.public)}")
+        typer.echo("next: `joulemark devices admit STICK` on the host, then this command here once more")
+        return
     assert enrolled.membership is not None
     if key_file is not None:
         key_file.expanduser().unlink()
     typer.echo(f"✓ enrolled at {host_url} as {enrolled.membership.name!r}, key {signing.key_id(enrolled.key.public)}")
     typer.echo("next: `joulemark devices approve` on the host, unless the key said so; then start the agent here")
+
+
+@app.command(name="run-bundle")
+def run_bundle(
+    stick: Annotated[Path, typer.Argument(help="The folder on the stick that `joulemark export-bundle` wrote.")],
+    agent: Annotated[str, typer.Option(help="Where this board's agent listens.")] = "http://127.0.0.1:8090",
+    data: Annotated[Path, typer.Option(help="The agent's data folder.")] = DEFAULT_DATA,
+    wait: Annotated[bool, typer.Option(help="Wait for the runs and put their records on the stick.")] = True,
+) -> None:
+    """Give this board's agent what a stick brings, and put the records on it. Done again, it goes on where it stopped.
+
+    Example: joulemark run-bundle /media/stick; then on the host: joulemark import-results /media/stick
+    """
+    from joulemark.bundles import Bundle
+    from joulemark_agent import identity
+    from joulemark_agent import stick as sticks
+    from joulemark_agent.gate import local_token
+    from joulemark_agent.local_view import bytes_bar
+
+    who = identity.load(data.expanduser() / "identity")
+    if who.membership is None:
+        raise BadInput("this board belongs to no host yet", "joulemark enrol HOST_URL --key-file KEY --stick STICK")
+    bundle = Bundle(stick.expanduser())
+    orders = sticks.read_orders(bundle, who)
+    with sticks.LocalAgent(who, agent, local_token(who.folder)) as running:
+        with bytes_bar("models from the stick") as progress:
+            sticks.bring(running, bundle, orders, progress)
+        if not wait:
+            typer.echo("✓ the agent has everything; run this again for the records")
+            return
+        said: dict[str, str] = {}
+
+        def watch(run_id: str, words: str) -> None:
+            if said.get(run_id) != words:
+                typer.echo(f"{run_id}: {words}")
+                said[run_id] = words
+
+        there = sticks.collect(running, bundle, orders, watch)
+    typer.echo(
+        f"✓ {there} record{'s are' if there != 1 else ' is'} on the stick: joulemark import-results {stick} on the host"
+    )
 
 
 @app.command(name="eval")

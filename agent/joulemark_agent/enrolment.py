@@ -32,6 +32,17 @@ def enrol(identity: Identity, url: str, key_text: str, name: str, hardware: str 
     """
     url, key = checked_url(url), credentials.parse_enrolment_key(key_text)
     host = _confirmed_host(url, key)
+    request = request_of(identity, key, name, hardware, facts)
+    link = HostLink(url, authority_pem=host.authority_pem)
+    with link.client() as client:
+        answer = _asked(EnrolmentAnswer, client, "POST", "/api/enrolment", request.model_dump_json(by_alias=True))
+    return accept(identity, url, key, answer)
+
+
+def request_of(
+    identity: Identity, key: EnrolmentKey, name: str, hardware: str | None, facts: DeviceFacts
+) -> EnrolmentRequest:
+    """What a board says to the host that printed `key`; it holds that key's secret."""
     said = EnrolmentStatement(
         device_id=identity.device_id,
         public_key=identity.key.public,
@@ -39,12 +50,13 @@ def enrol(identity: Identity, url: str, key_text: str, name: str, hardware: str 
         key_id=key.id,
         host_fingerprint=key.fingerprint,
     )
-    request = EnrolmentRequest(
+    return EnrolmentRequest(
         secret=key.secret, statement=identity.key.sign(said), name=name, hardware=hardware, facts=facts
     )
-    link = HostLink(url, authority_pem=host.authority_pem)
-    with link.client() as client:
-        answer = _asked(EnrolmentAnswer, client, "POST", "/api/enrolment", request.model_dump_json(by_alias=True))
+
+
+def accept(identity: Identity, url: str, key: EnrolmentKey, answer: EnrolmentAnswer) -> Identity:
+    """Stores the answer of the host that printed `key`. Raises Untrusted for anybody else's."""
     _check(identity, key, answer)
     return identities.keep(identity, url, answer)
 

@@ -60,7 +60,7 @@ def run_and_show(
     """The whole of `joulemark eval`. Returns 0 when all runs are done, 1 when one failed."""
     console = Console(stderr=True)
     output.mkdir(parents=True, exist_ok=True)
-    with _downloads(console) as downloaded:
+    with bytes_bar("fetching the data sets", console) as downloaded:
         rendered = local_run.render_packs(tasks, sources.default_cache(), output, downloaded)
     files = local_run.prepare(model, rendered, None)
     machine = local_run.local_machine(roots, "local", "this machine", profile, replay)
@@ -83,10 +83,11 @@ def _plain(record: RunRecord) -> dict[str, Any]:
 
 
 @contextmanager
-def _downloads(console: Console) -> Generator[Callable[[int, int], None], None, None]:
-    columns = (TextColumn("fetching the data sets"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("fetch", total=None)
+def bytes_bar(what: str, console: Console | None = None) -> Generator[Callable[[int, int], None], None, None]:
+    """A bar for bytes that are fetched or copied: call it with (done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console or Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(what, total=None)
 
         def show(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total or None)

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from joulemark import credentials
+from joulemark.bundles import Bundle
 from joulemark.errors import BadInput, DigestMismatch, NotFound, Unavailable
 from joulemark.protocol import SessionAnswer, SessionRequest
 from joulemark.statements import Envelope, RecordStatement
@@ -73,6 +75,21 @@ def enrol(settings: Settings, who: Identity, url: str, key: str) -> Identity:
     machine = local_machine(settings.roots, who.device_id, settings.name, settings.profile, None)
     facts = machine.facts(Absent(reason="measured at the beginning of a run"))
     return enrolment.enrol(who, url, key, settings.name, hardware.digest(settings.roots, who.key.public), facts)
+
+
+def enrol_by_stick(settings: Settings, who: Identity, url: str, key_text: str, folder: Path) -> Identity | None:
+    """Makes this board known to a host over a stick: leaves the request there (None), or takes the answer and clears the stick."""
+    bundle, key = Bundle(folder), credentials.parse_enrolment_key(key_text)
+    answer = bundle.answer()
+    if answer is not None:
+        enrolled = enrolment.accept(who, checked_url(url), key, answer)
+        bundle.clear_enrolment()
+        return enrolled
+    machine = local_machine(settings.roots, who.device_id, settings.name, settings.profile, None)
+    facts = machine.facts(Absent(reason="measured at the beginning of a run"))
+    marks = hardware.digest(settings.roots, who.key.public)
+    bundle.write_request(enrolment.request_of(who, key, settings.name, marks, facts))
+    return None
 
 
 def read_key_file(path: Path) -> str:
@@ -175,6 +192,7 @@ def assemble(settings: Settings, who: Identity) -> Services:
         at_host.book if at_host is not None else None,
         device,
         notes=lambda: _notes(outbox.note(), journal.note, jobs.trouble(), at_host),
+        vouch=lambda run_id, body: _vouch(who, run_id, body) if who.membership is not None else None,
         start=lambda: _start(*starting),
         stop=stop,
     )

@@ -16,12 +16,13 @@ import sqlalchemy as sa
 from joulemark.errors import BadInput, Conflict, Forbidden, NotFound
 from joulemark.protocol import Orders, Report, ReportAnswer
 from joulemark.signing import SigningKey
+from joulemark.statements import write_envelope
 from joulemark.wire import Manifest, Problem, RunSpec, content_id
 from joulemark_host import holdings, run_queue
 from joulemark_host.database import open_database, transaction
 from joulemark_host.fleet_tables import DEVICES, GROUPS
 from joulemark_host.holdings import Holdings, Target
-from joulemark_host.issuing import Issuer, count_from, device_row
+from joulemark_host.issuing import ORDER_LIFE_S, Issuer, count_from, device_row
 from joulemark_host.run_queue import ENDED, QueuedRun, RunQueue
 
 LEASE_S = 900.0
@@ -172,6 +173,17 @@ class Dispatch:
                 needed=run_queue.needed(connection, device_id),
             )
 
+    def lend(self, device_id: str, with_models: bool) -> tuple[list[str], list[str]]:
+        """The envelopes of everything that a board has not done, for whoever brings them there: (artifacts, runs). Its runs are leased for
+        as long as an order lives. `with_models`: also the artifacts of these runs that the board is known to have."""
+        with transaction(self._engine, write=True) as connection:
+            fetch, _ = self._holdings.orders(connection, device_id)
+            runs = self._queue.lend(connection, device_id, ORDER_LIFE_S)
+            envelopes = [write_envelope(envelope).decode() for envelope in fetch]
+            if with_models:
+                envelopes += self._holdings.held(connection, device_id, run_queue.needed(connection, device_id))
+            return envelopes, runs
+
     def compare(self, device_id: str, holds: Collection[str]) -> None:
         """A board has begun anew and says which artifacts it has."""
         with transaction(self._engine, write=True) as connection:
@@ -196,7 +208,8 @@ class Dispatch:
     def settle(self, run_id: str) -> None:
         """A record of this run has arrived: its board may have the next one."""
         with transaction(self._engine, write=True) as connection:
-            self._queue.settle(connection, run_id)
+            if (shown := self._queue.settle(connection, run_id)) is not None:
+                self._holdings.show(connection, *shown)
 
     def expire(self) -> list[str]:
         """Returns the runs of boards that vanished to their queues, and gives up transfers that stand still; the runs' ids."""

@@ -219,6 +219,31 @@ NameArgument = Annotated[str, typer.Argument(help="The board's name or id.")]
 
 
 @devices_app.command()
+def admit(
+    stick: Annotated[Path, typer.Argument(help="The folder on the stick on which a board left its request.")],
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+) -> None:
+    """Let a board in that cannot reach this host: reads its request from a stick, leaves the answer there.
+
+    Both hold secrets; the board removes them when it has read the answer. Example: joulemark devices admit /media/stick
+    """
+    from joulemark.bundles import Bundle
+    from joulemark_host import identity
+    from joulemark_host.admitting import take_in
+
+    bundle, registry = Bundle(stick.expanduser()), open_registry(data, database)
+    try:
+        answer = take_in(identity.read(identity_folder(data)), registry, bundle.request(), "a stick")
+    finally:
+        registry.close()
+    bundle.write_answer(answer)
+    console = terminal()
+    console.print(f"✓ {answer.name} ({answer.device_id}) is {answer.admission}", markup=False, highlight=False)
+    console.print("next: the same `joulemark enrol … --stick` on the board once more", markup=False, highlight=False)
+
+
+@devices_app.command()
 def approve(name: NameArgument, data: DataOption = DEFAULT_DATA, database: DatabaseOption = None) -> None:
     """Let a board take part. Compare its key first: `joulemark doctor` on the board shows it.
 

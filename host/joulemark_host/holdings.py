@@ -74,6 +74,11 @@ class Holdings:
         wanted = tuple(read_envelope(row["envelope"]) for row in rows if row["state"] == "pending")
         return wanted, tuple(row["artifact_id"] for row in rows if row["state"] == "forgotten")
 
+    def held(self, connection: Connection, device_id: str, artifact_ids: Collection[str]) -> list[str]:
+        """The envelopes of these artifacts that the board is known to have."""
+        rows = [row for row in _rows(connection, device_id) if row["artifact_id"] in artifact_ids]
+        return [row["envelope"] for row in rows if row["state"] == "in_sync"]
+
     def take(self, connection: Connection, device_id: str, holding: Holding) -> None:
         """What a board says about one artifact; what was never asked of it, or is to be forgotten, is not listened to."""
         row = row_of(connection, device_id, holding.artifact_id)
@@ -87,6 +92,13 @@ class Holdings:
         self._set(
             connection, device_id, row["artifact_id"], state=holding.state, received_bytes=received, problem=problem
         )
+
+    def show(self, connection: Connection, device_id: str, artifact_id: str) -> None:
+        """A record about an artifact shows that its board has it: boards without a network say it in no other way."""
+        row = row_of(connection, device_id, artifact_id)
+        if row is not None and row["state"] == "pending":
+            received = row["size_bytes"]
+            self._set(connection, device_id, artifact_id, state="in_sync", received_bytes=received, problem=None)
 
     def gone(self, connection: Connection, row: RowMapping) -> None:
         """An artifact is no more on its board: it is ordered anew at once if a run there needs it, else with the next run or push."""

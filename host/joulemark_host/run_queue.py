@@ -110,6 +110,15 @@ class RunQueue:
         row = connection.execute(mine.where(RUNS.c.status == "queued")).mappings().first()
         return read_envelope(self._lease(connection, row)) if row is not None else None
 
+    def lend(self, connection: Connection, device_id: str, life_s: float) -> list[str]:
+        """The envelopes of all runs of a board that have not begun to end, leased for `life_s` seconds."""
+        mine = sa.select(RUNS).where(RUNS.c.device_id == device_id, RUNS.c.status.in_(("queued", "leased")))
+        lent: list[str] = []
+        for row in connection.execute(mine.order_by(RUNS.c.number)).mappings().all():
+            lent.append(self._lease(connection, row))  # anew, so that the order lives as long as the lease
+            self._set(connection, row["run_id"], lease_until=self._clock() + life_s)
+        return lent
+
     def cancel(self, connection: Connection, run_ids: Collection[str]) -> int:
         """Ends runs that have not ended; those that a board holds end when it hears of it. Returns how many that concerns."""
         waiting = sa.select(RUNS).where(RUNS.c.run_id.in_(run_ids), RUNS.c.status.in_(("queued", "leased")))
@@ -162,13 +171,16 @@ class RunQueue:
                 self._set(connection, row["run_id"], status="failed", lease_until=None, problem=problem)
             raise_revision(connection, device_id)
 
-    def settle(self, connection: Connection, run_id: str) -> None:
-        """A record of this run has arrived: its board may have the next one."""
+    def settle(self, connection: Connection, run_id: str) -> tuple[str, str] | None:
+        """A record of this run has arrived: its board may have the next one. (board, artifact) of a run that was done, and so was there."""
         row = _row(connection, run_id)
         status = connection.execute(sa.select(RECORDS.c.status).where(RECORDS.c.run_id == run_id)).scalar()
-        if row is not None and status is not None and row["status"] not in ENDED:
+        if row is None or status is None:
+            return None
+        if row["status"] not in ENDED:
             self._set(connection, run_id, status=status, lease_until=None)
             raise_revision(connection, row["device_id"])
+        return (row["device_id"], _spec(row).artifact_id) if status == "done" else None
 
     def expire(self, connection: Connection, problem: dict[str, Any]) -> list[str]:
         """Returns the runs of boards that vanished to their queues; ends those that nobody will ever confirm as cancelled."""

@@ -11,13 +11,13 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from pydantic import TypeAdapter, ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from joulemark import __version__, credentials
+from joulemark import credentials
 from joulemark.errors import BadInput, JoulemarkError, NotAuthenticated, Untrusted
 from joulemark.protocol import EnrolmentAnswer, EnrolmentRequest, HostFacts, PersonAnswer, PersonRequest
-from joulemark.statements import DeviceStatement
 from joulemark.wire import Identifier
 from joulemark_host.access import COOKIE, Access, address_of
-from joulemark_host.identity import HostIdentity, certify_device
+from joulemark_host.admitting import facts_of, take_in
+from joulemark_host.identity import HostIdentity
 from joulemark_host.page import entrance_page
 from joulemark_host.registry import Registry
 from joulemark_http.bodies import read_body, read_model
@@ -29,7 +29,7 @@ COOKIE_LIFE_S = 90 * 86_400
 def create_router(identity: HostIdentity, registry: Registry, access: Access) -> APIRouter:
     """All of it is public: whoever comes here has no credential yet. Failures are counted."""
     router = APIRouter()
-    facts = HostFacts(authority_pem=identity.authority_pem, signing_key=identity.key.public, version=__version__)
+    facts = facts_of(identity)
 
     @router.get("/api/identity")
     def host_facts() -> HostFacts:
@@ -39,7 +39,7 @@ def create_router(identity: HostIdentity, registry: Registry, access: Access) ->
     async def enrol(request: Request) -> EnrolmentAnswer:
         asked = await read_model(request, EnrolmentRequest)
         with _counted(access, request):
-            return await run_in_threadpool(_take_in, identity, facts, registry, asked, address_of(request))
+            return await run_in_threadpool(take_in, identity, registry, asked, address_of(request))
 
     @router.post("/api/people", status_code=201, openapi_extra=takes(PersonRequest))
     async def sign_in(request: Request) -> PersonAnswer:
@@ -79,27 +79,6 @@ def _counted(access: Access, request: Request) -> Generator[None, None, None]:
         if not isinstance(error, Untrusted):  # a signature does not become right by trying
             access.failed(request)
         raise
-
-
-def _take_in(
-    identity: HostIdentity, facts: HostFacts, registry: Registry, asked: EnrolmentRequest, address: str
-) -> EnrolmentAnswer:
-    device, credential, claimed = registry.enrol(asked, address)
-    said = DeviceStatement(
-        device_id=device.device_id,
-        name=device.name,
-        public_key=claimed.public_key,
-        issued_at=device.enrolled_at,
-    )
-    return EnrolmentAnswer(
-        device_id=device.device_id,
-        name=device.name,
-        admission=device.admission,
-        credential=credential.text(),
-        host=facts,
-        certificate_pem=certify_device(identity, device.device_id, claimed.tls_public_key),
-        device=identity.key.sign(said),
-    )
 
 
 def _welcome(registry: Registry, key: str, name: str) -> PersonAnswer:

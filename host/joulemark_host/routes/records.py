@@ -9,12 +9,12 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from joulemark.lineage import check_record, envelope_of
+from joulemark.lineage import envelope_of
 from joulemark.protocol import SIGNATURE_HEADER
-from joulemark.statements import write_envelope
 from joulemark.wire import RunRecord
 from joulemark_host.access import Access
 from joulemark_host.dispatch import Dispatch
+from joulemark_host.receiving import origin_of
 from joulemark_host.records import Origin, Records
 from joulemark_host.registry import Caller
 from joulemark_http.bodies import spool
@@ -37,18 +37,14 @@ def create_router(
             if caller.role != "device":
                 created = records.put(data, run_id) == "created"
             else:
-                origin = _origin(data, run_id, caller.subject, signature) if dispatch is not None else None
-                created = records.put(data, run_id, origin or Origin(caller.subject)) == "created"
+                origin = Origin(caller.subject)
+                if dispatch is not None and access.registry is not None:
+                    envelope = envelope_of(signature)
+                    origin = origin_of(envelope, data, run_id, caller.subject, access.registry, dispatch)
+                created = records.put(data, run_id, origin) == "created"
         if dispatch is not None:
             dispatch.settle(run_id)
         return 201 if created else 200
-
-    def _origin(data: bytes, run_id: str, device_id: str, signature: str | None) -> Origin:
-        assert dispatch is not None and access.registry is not None
-        envelope = envelope_of(signature)
-        check_record(envelope, data, run_id, device_id, access.registry.public_key(device_id))
-        issued = dispatch.issued
-        return Origin(device_id, write_envelope(envelope), lambda artifact_id: issued(device_id, artifact_id))
 
     @router.put("/api/records/{run_id}", status_code=201, openapi_extra=takes(RunRecord))
     async def put(request: Request, run_id: str, caller: Caller = Depends(sender)) -> JSONResponse:
