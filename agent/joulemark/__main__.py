@@ -47,6 +47,7 @@ COMMANDS: dict[str, Command] = {
     "devices": Command(_FLEET, "host", "list boards; approve, rename, revoke them"),
     "publish": Command(_HOST, "host", "put a model or task packs on the host's shelf"),
     "push": Command(_HOST, "host", "bring a published artifact to boards"),
+    "rollout": Command(_QUEUE, "host", "bring an artifact to many boards in stages; errors stop it"),
     "artifacts": Command(_QUEUE, "host", "list the artifacts on boards, and how far they are"),
     "run": Command(_HOST, "host", "evaluate an artifact on a board and wait for the record"),
     "sweep": Command(_QUEUE, "host", "evaluate every model on every task on every board"),

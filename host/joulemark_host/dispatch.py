@@ -18,14 +18,16 @@ from joulemark.protocol import Orders, Report, ReportAnswer
 from joulemark.signing import SigningKey
 from joulemark.statements import write_envelope
 from joulemark.wire import Manifest, Problem, RunSpec, content_id
-from joulemark_host import holdings, run_queue
+from joulemark_host import holdings, rollout, run_queue
 from joulemark_host.database import open_database, transaction
 from joulemark_host.fleet_tables import DEVICES, GROUPS
 from joulemark_host.holdings import Holdings, Target
 from joulemark_host.issuing import ORDER_LIFE_S, Issuer, count_from, device_row
+from joulemark_host.rollout import Plan, Rollout, Rollouts
 from joulemark_host.run_queue import ENDED, QueuedRun, RunQueue
 
 LEASE_S = 900.0
+ADVANCE_EVERY_S = 1.0
 _VANISHED = Problem(code="vanished", message="the board has not been heard of", hint="look at its power and network")
 
 
@@ -37,9 +39,11 @@ class Dispatch:
     ) -> None:
         self._engine = open_database(url)
         self._clock = clock
+        self._advanced_at = 0.0
         issuer = Issuer(key, clock)
         self._holdings = Holdings(issuer, clock)
         self._queue = RunQueue(issuer, clock, lease_s)
+        self._rollouts = Rollouts(self._holdings, self._queue, clock)
 
     def close(self) -> None:
         """Gives the connections back."""
@@ -142,6 +146,21 @@ class Dispatch:
         with transaction(self._engine, write=True) as connection:
             return self._queue.cancel(connection, run_ids)
 
+    def roll_out(self, plan: Plan) -> None:
+        """Begins a roll-out. Raises NotFound for an unknown board, BadInput, Conflict."""
+        with transaction(self._engine, write=True) as connection:
+            self._rollouts.begin(connection, plan)
+
+    def stop_rollout(self, name: str, who: str) -> None:
+        """Stops a roll-out. Raises NotFound."""
+        with transaction(self._engine, write=True) as connection:
+            self._rollouts.stop(connection, name, f"stopped by {who}")
+
+    def resume_rollout(self, name: str) -> None:
+        """Takes a stopped roll-out up again at its stage. Raises NotFound, Conflict."""
+        with transaction(self._engine, write=True) as connection:
+            self._rollouts.resume(connection, name)
+
     # --- what boards ask and say --------------------------------------------------------------------------------------
     def revision(self, device_id: str) -> int:
         """A number that rises whenever there is something new for this board."""
@@ -201,6 +220,7 @@ class Dispatch:
                 count_from(connection, device_id, refusal.accepted)
                 if not self._holdings.take_refusal(connection, device_id, refusal):
                     self._queue.take_refusal(connection, device_id, refusal)
+            self._rollouts.advance(connection)
             going_on = [state.run_id for state in report.runs if state.status not in ENDED]
             cancel = self._queue.to_cancel(connection, device_id, going_on)
             return ReportAnswer(cancel=cancel, host_time=self._clock())
@@ -210,23 +230,37 @@ class Dispatch:
         with transaction(self._engine, write=True) as connection:
             if (shown := self._queue.settle(connection, run_id)) is not None:
                 self._holdings.show(connection, *shown)
+            self._rollouts.advance(connection)
 
     def expire(self) -> list[str]:
         """Returns the runs of boards that vanished to their queues, and gives up transfers that stand still; the runs' ids."""
-        conditions = (self._queue.late(), self._queue.unheard(), self._holdings.still())
+        conditions = [self._queue.late(), self._queue.unheard(), self._holdings.still()]
+        if (
+            self._clock() - self._advanced_at >= ADVANCE_EVERY_S
+        ):  # time passes for roll-outs also when no board says anything
+            self._advanced_at = self._clock()
+            conditions.append(rollout.going_on())
         any_of = sa.or_(*(sa.exists().where(condition) for condition in conditions))
         with transaction(self._engine) as connection:
             if connection.execute(sa.select(sa.literal(1)).where(any_of)).first() is None:
                 return []
         with transaction(self._engine, write=True) as connection:
             self._holdings.give_up(connection, _VANISHED.model_dump())
-            return self._queue.expire(connection, _VANISHED.model_dump())
+            returned = self._queue.expire(connection, _VANISHED.model_dump())
+            self._rollouts.advance(connection)
+            return returned
 
     # --- what people look at ------------------------------------------------------------------------------------------
     def targets(self, device_id: str | None = None, artifact_id: str | None = None) -> list[Target]:
         """Artifacts on boards, by board and age. With `artifact_id` every board is there, also those that never heard of it."""
         with transaction(self._engine) as connection:
             return holdings.targets(connection, device_id, artifact_id)
+
+    def rollouts(self, name: str | None = None) -> list[Rollout]:
+        """All roll-outs, or the one of this name, as far as they are."""
+        with transaction(self._engine, write=True) as connection:
+            self._rollouts.advance(connection)
+            return self._rollouts.listed(connection, name)
 
     def runs(
         self, sweep: str | None = None, run_ids: Collection[str] | None = None, open_only: bool = False

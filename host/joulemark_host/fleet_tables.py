@@ -80,6 +80,18 @@ RUNS = sa.Table(
     sqlite_autoincrement=True,
 )
 
+ROLLOUTS = sa.Table(
+    "rollouts",
+    METADATA,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("plan", sa.JSON, nullable=False),
+    sa.Column("status", sa.Text, nullable=False, index=True),
+    sa.Column("problem", sa.Text, nullable=False),
+    sa.Column("stage", sa.Integer, nullable=False),
+    sa.Column("begun_at", sa.Float, nullable=False),
+    sa.Column("stage_begun_at", sa.Float, nullable=False),
+)
+
 CREDENTIALS = sa.Table(
     "credentials",
     METADATA,

@@ -34,6 +34,7 @@ from joulemark_host.facts import RunFacts
 from joulemark_host.holdings import Target
 from joulemark_host.readable import amount, interval, unit_for
 from joulemark_host.registry import Event
+from joulemark_host.rollout import Rollout
 from joulemark_host.run_queue import QueuedRun
 
 SHOWN_METRICS = (
@@ -222,6 +223,30 @@ def _share(target: Target) -> str:
     if target.received_bytes is None or target.size_bytes is None:
         return ""
     return f"{filesize.decimal(target.received_bytes)} of {filesize.decimal(target.size_bytes)}"
+
+
+def rollouts_table(rollouts: Sequence[Rollout]) -> Table:
+    """One row a stage of a roll-out, and one for every board of it that went wrong."""
+    table = Table(header_style="bold")
+    for column in ("roll-out", "stage", "boards", "in sync", "went wrong", "state"):
+        table.add_column(column, overflow="fold")
+    for rollout in rollouts:
+        for number, (stage, boards) in enumerate(zip(rollout.plan.stages, rollout.stages, strict=True)):
+            bad = [board for board in boards if board.state == "error"]
+            good = sum(board.state == "in_sync" for board in boards)
+            state = "waits" if number > rollout.stage else rollout.status if number == rollout.stage else "done"
+            row = (rollout.plan.name if number == 0 else "", stage.words, len(boards), good, len(bad), state)
+            cells = [Text(printable(str(cell))) for cell in row]
+            cells[5].stylize(STATE_STYLES.get("error" if state == "stopped" else state, ""))
+            table.add_row(*cells)
+            for board in bad:
+                why = board.problem.message if board.problem is not None else ""
+                table.add_row(
+                    "", Text(printable(f"  {board.device}"), style="dim"), "", "", "", Text(printable(why), style="dim")
+                )
+        if rollout.problem:
+            table.add_row("", "", "", "", "", Text(printable(rollout.problem), style="yellow"))
+    return table
 
 
 def queue_table(runs: Sequence[QueuedRun]) -> Table:

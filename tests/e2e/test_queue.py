@@ -116,6 +116,32 @@ def test_a_full_board_makes_room_and_gets_back_what_a_run_needs(host: HostProces
         board.stop()
 
 
+def test_a_model_goes_out_in_stages_and_a_bad_one_stops_at_the_first(
+    host: HostProcess, board: AgentProcess, tmp_path: Path
+):
+    other = enrolled(host, tmp_path / "other")
+    try:
+        make_subject(host, tmp_path / "files", 3)
+        make_subject(host, tmp_path / "more", 3, "second", seed=1)
+        assert joulemark(host, "devices", "group", "canary", "board").returncode == 0
+        stages = ("--stage", "canary", "--stage", "all", "--backend", "fake", "--json")
+        done = joulemark(host, "rollout", "tiny", *stages)
+        assert done.returncode == 0, done.stderr
+        (rollout,) = json.loads(done.stdout)
+        assert (rollout["status"], rollout["stage"]) == ("done", 1)
+        assert [[b["state"] for b in stage["boards"]] for stage in rollout["stages"]] == [["in_sync"], ["in_sync"]]
+        other.stop()
+        stuck = joulemark(host, "rollout", "second", "--stage", "other", "--stage", "all", "--hours", "0.001", "--json")
+        assert stuck.returncode == 1, stuck.stderr
+        (rollout,) = json.loads(stuck.stdout)
+        assert rollout["status"] == "stopped" and "other: it did not get there within 3.6 s" in rollout["problem"]
+        assert rollout["stages"][1]["boards"] == [{"device": "board", "state": "registered", "problem": ""}]
+        shown = joulemark(host, "rollout")
+        assert "second" in shown.stdout and "tiny" in shown.stdout and "canary" in shown.stdout
+    finally:
+        other.stop()
+
+
 def test_who_vouches_for_a_record(host: HostProcess, board: AgentProcess, tmp_path: Path):
     subject = make_subject(host, tmp_path / "files", 3)
     queue(host, subject, "only")
