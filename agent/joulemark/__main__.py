@@ -44,6 +44,7 @@ COMMANDS: dict[str, Command] = {
         _AGENT, "agent", "on a board without a network: carry out a stick's orders, put records on it"
     ),
     "host": Command(_FLEET, "host", "serve artifacts, take records, draw the grid; init, token"),
+    "discover": Command(_FLEET, "host", "find agents on the local network, with their fingerprints; trusts nobody"),
     "devices": Command(_FLEET, "host", "list boards; approve, rename, revoke them"),
     "publish": Command(_HOST, "host", "put a model or task packs on the host's shelf"),
     "push": Command(_HOST, "host", "bring a published artifact to boards"),

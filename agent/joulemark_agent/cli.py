@@ -54,6 +54,10 @@ def agent(
             help="GB that models may take here; the least recently used one that no queued run needs gives way. Default: the disk's space.",
         ),
     ] = None,
+    announce: Annotated[
+        bool | None,
+        typer.Option(help="Tell the local network by mDNS that the agent is here. Default: when others can reach it."),
+    ] = None,
     open_to_all: Annotated[
         bool,
         typer.Option("--open", help="For a trial: let everybody on this machine in, on loopback, with nothing signed."),
@@ -71,6 +75,7 @@ def agent(
         name=name or platform.node() or "board",
         host_url=host_url,
         open_to_all=open_to_all,
+        announce=announce,
         limit_rate=limit_rate * 1e6 if limit_rate is not None else None,
         store_bytes=int(store_limit * 1e9) if store_limit is not None else None,
         key_file=enrol_key_file.expanduser() if enrol_key_file is not None else None,

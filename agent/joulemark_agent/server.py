@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ipaddress
 import logging
 import sys
 import time
@@ -14,13 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from joulemark import credentials
+from joulemark import __version__, credentials, tls
 from joulemark.bundles import Bundle
-from joulemark.errors import BadInput, DigestMismatch, NotFound, Unavailable
+from joulemark.discovery import Announcement
+from joulemark.errors import BadInput, DigestMismatch, MissingExtra, NotFound, Unavailable
 from joulemark.protocol import SessionAnswer, SessionRequest
 from joulemark.statements import Envelope, RecordStatement
 from joulemark.wire import Absent, DeviceFacts, Manifest
 from joulemark_agent import enrolment, hardware, identity
+from joulemark_agent.announcing import Announcer
 from joulemark_agent.api import Services, create_app
 from joulemark_agent.completions import Completions
 from joulemark_agent.gate import Gate, local_token
@@ -45,6 +48,8 @@ SETTLE_S = 10.0
 FIRST_WAIT_S = 2.0
 LONGEST_WAIT_S = 300.0
 KEY_FILE_BYTES = 4096
+HOST_MARK = 16
+"""So many digits of its host's fingerprint an agent tells the network."""
 _NO_HOST = BadInput(
     "{address} is reachable from other machines, and this agent knows no host yet whose word counts",
     "enrol it first: joulemark enrol HOST_URL; or listen on 127.0.0.1",
@@ -63,7 +68,7 @@ def serve(settings: Settings, listen: str) -> None:
             log.warning(
                 "this board belongs to no host: `joulemark enrol HOST_URL` makes it known to one; for a trial: --open"
             )
-        app = create_app(assemble(settings, who))
+        app = create_app(assemble(settings, who, listener.getsockname()[:2]))
         files = None if listening.is_loopback(listener) else who.tls_files
         url = listening.address_of(listener, "https" if files is not None else "http")
         log.info("agent %s (%s) serves on %s", settings.name, who.device_id, url)
@@ -132,8 +137,8 @@ class _AtHost:
     session: Session
 
 
-def assemble(settings: Settings, who: Identity) -> Services:
-    """All parts of an agent, not yet started. Raises OSError when the data folder cannot be written."""
+def assemble(settings: Settings, who: Identity, address: tuple[str, int] | None = None) -> Services:
+    """All parts of an agent that listens on `address`, not yet started. Raises OSError when the data folder cannot be written."""
     settings.data.mkdir(parents=True, exist_ok=True)
 
     def needed(artifact_id: str) -> bool:
@@ -153,6 +158,8 @@ def assemble(settings: Settings, who: Identity) -> Services:
     completions = Completions(store, machine, settings.serve_idle_s)
 
     def make_quiet() -> None:
+        if announcer is not None:
+            announcer.be_quiet()
         completions.unload()
         sender.settle(SETTLE_S)
         puller.settle(SETTLE_S)
@@ -166,7 +173,7 @@ def assemble(settings: Settings, who: Identity) -> Services:
     def stop() -> None:
         if at_host is not None:
             at_host.session.stop()
-        for part in (sender, puller, jobs):
+        for part in (sender, puller, jobs, *([announcer] if announcer is not None else [])):
             part.stop()
         for opened in (completions, journal, outbox, *([at_host.ledger] if at_host is not None else [])):
             opened.close()
@@ -181,7 +188,9 @@ def assemble(settings: Settings, who: Identity) -> Services:
     host_key = who.membership.host.signing_key if who.membership is not None else None
     token = None if settings.open_to_all else local_token(who.folder)
     gate = Gate(who.device_id, host_key, token, time.monotonic, settings.open_to_all)
+    announcer = _announcer(settings, who, lambda: names[-1], address, jobs.busy) if address is not None else None
     starting = [completions, jobs, sender, *([at_host.session] if at_host is not None else [])]
+    starting += [announcer] if announcer is not None else []
     return Services(
         store,
         jobs,
@@ -226,7 +235,28 @@ def _at_host(
     return _AtHost(ledger, book, Session(link, book, presentation, jobs.current, on_answer))
 
 
-def _start(*parts: Completions | Jobs | Sender | Session) -> None:
+def _announcer(
+    settings: Settings, who: Identity, name: Callable[[], str], address: tuple[str, int], busy: Callable[[], bool]
+) -> Announcer | None:
+    reachable = not ipaddress.ip_address(address[0]).is_loopback
+    if not (reachable if settings.announce is None else settings.announce):
+        return None
+
+    def what() -> Announcement:
+        facts = who.membership.host if who.membership is not None else None
+        host = tls.fingerprint(facts.authority_pem, facts.signing_key)[:HOST_MARK] if facts is not None else ""
+        return Announcement(who.device_id, name(), __version__, reachable and facts is not None, host)
+
+    try:
+        return Announcer(what, address[0], address[1], busy)
+    except MissingExtra as error:
+        if settings.announce:
+            raise
+        log.warning("%s", error)
+        return None
+
+
+def _start(*parts: Completions | Jobs | Sender | Session | Announcer) -> None:
     for part in parts:
         part.start()
 

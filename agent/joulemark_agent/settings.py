@@ -24,6 +24,8 @@ class Settings:
     """Bytes per second at which artifacts are fetched at most."""
     store_bytes: int | None = None
     """What artifacts may take on this board; None: what the disk holds."""
+    announce: bool | None = None
+    """Whether the local network is told that the agent is here; None: beyond loopback it is."""
     profile: str | None = None
     roots: Roots = field(default_factory=Roots)
     replay: Path | None = None

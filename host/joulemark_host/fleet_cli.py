@@ -24,6 +24,7 @@ from joulemark_host.options import (
     ShelfOption,
     database_url,
     hand_down,
+    host_identity,
     identity_folder,
     open_dispatch,
     open_records,
@@ -181,6 +182,40 @@ def people(
         console.print(f"{person.name}  {person.role}", markup=False, highlight=False)
     if not known:
         console.print("nobody yet: `joulemark host token --role viewer` lets one in", markup=False)
+
+
+@app.command()
+def discover(
+    seconds: Annotated[float, typer.Option(min=0.1, max=60, help="How long to listen.")] = 3.0,
+    interface: Annotated[
+        list[str] | None, typer.Option(help="Address of this machine to ask from; default: all of them.")
+    ] = None,
+    data: DataOption = DEFAULT_DATA,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find agents on the local network (mDNS). Nothing is trusted for being found: compare the fingerprint, then let it enrol with a key.
+
+    `proven`: it has the certificate that this host gave to that board. A board that measures is silent. Example: joulemark discover
+    """
+    from joulemark_host import discovering
+    from joulemark_host.terminal import found_table
+
+    identity, names = host_identity(data), {}
+    if identity is not None:
+        registry = open_registry(data, database)
+        names = {row.device_id: row.name for row in registry.devices()}
+        registry.close()
+    console = terminal(quiet=True)
+    with console.status("listening", spinner="dots") as status:
+        found = discovering.discover(
+            seconds, identity, names, interface, lambda n: status.update(f"listening: {n} found")
+        )
+    if as_json:
+        sys.stdout.write(json.dumps([one.plain() for one in found], indent=2) + "\n")
+        return
+    nobody = "nobody answers: is `joulemark agent` running there with --listen 0.0.0.0:8090? Some routers keep multicast from Wi-Fi"
+    terminal().print(found_table(found) if found else nobody, markup=False)
 
 
 @devices_app.callback()

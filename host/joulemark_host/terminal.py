@@ -30,6 +30,7 @@ from joulemark.plain_text import printable
 from joulemark.protocol import DeviceRow
 from joulemark.wire import Absent, Measure, Metric
 from joulemark_host.compare import artifact_label
+from joulemark_host.discovering import Found
 from joulemark_host.facts import RunFacts
 from joulemark_host.holdings import Target
 from joulemark_host.readable import amount, interval, unit_for
@@ -223,6 +224,27 @@ def _share(target: Target) -> str:
     if target.received_bytes is None or target.size_bytes is None:
         return ""
     return f"{filesize.decimal(target.received_bytes)} of {filesize.decimal(target.size_bytes)}"
+
+
+def found_table(found: Sequence[Found]) -> Table:
+    """One row an agent that announced itself. All of it is a claim, but for what is proven."""
+    table = Table(header_style="bold")
+    for column in ("name", "address", "fingerprint", "host", "known here as", "version"):
+        table.add_column(column, overflow="fold", no_wrap=column == "fingerprint")  # people compare it
+    for one in found:
+        said = one.said
+        cells = (
+            said.name,
+            one.url,
+            said.device_id.removeprefix("dev-"),
+            one.standing,
+            one.known_as or "",
+            said.version,
+        )
+        row = [Text(printable(cell)) for cell in cells]
+        row[3].stylize("green" if one.standing == "proven" else "yellow")
+        table.add_row(*row)
+    return table
 
 
 def rollouts_table(rollouts: Sequence[Rollout]) -> Table:
