@@ -6,6 +6,7 @@ where the commands' errors are caught broadly. Exit status: 0 done, 1 it failed 
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -90,7 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command = COMMANDS.get(given[0])
     if command is None:
-        sys.stderr.write(f"joulemark: there is no command {given[0]!r}\n\n{overview()}\n")
+        near = difflib.get_close_matches(given[0], COMMANDS, 1)
+        meant = f"did you mean `joulemark {near[0]}`? " if near else ""
+        sys.stderr.write(
+            f"joulemark: there is no command {given[0][:80]!r}\n  hint: {meant}`joulemark --help` lists them\n"
+        )
         return 2
     try:
         program = importlib.import_module(command.module)

@@ -97,9 +97,13 @@ def measured(run: RunFacts, metric: str) -> bool:
     return run.status == "done" and isinstance(run.metrics.get(metric), Measure)
 
 
-def label_devices(records: Iterable[RunFacts]) -> tuple[Entry, ...]:
-    """A row per device that sent a record, sorted by label; boards of the same name get their id beside it."""
-    names = {run.device_id: run.device_name for run in sorted(records, key=lambda run: run.sequence)}
+def names_of_devices(records: Iterable[RunFacts]) -> dict[str, str]:
+    """The latest name of each device that sent a record, by id."""
+    return {run.device_id: run.device_name for run in sorted(records, key=lambda run: run.sequence)}
+
+
+def label_devices(names: Mapping[str, str]) -> tuple[Entry, ...]:
+    """A row per device from `{device id: name}`, sorted by label; boards of the same name get their id beside it."""
     return _entries(names, lambda label, device_id: f"{label} ({device_id})")
 
 

@@ -19,9 +19,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from joulemark.errors import BadInput, MissingExtra, NoSpace, Unavailable
-from joulemark_host.tables import ABOUT, METADATA
+from joulemark_host.tables import ABOUT, METADATA, RECORDS
 
-LAYOUT = 1
+LAYOUT = 2
 PATIENCE_S = 30
 """How long a transaction waits for another writer."""
 _WRITERS = 0x6A6F756C
@@ -35,7 +35,7 @@ def open_database(url: str) -> Engine:
     try:
         with _begun(engine, write=True) as connection:  # one process at a time makes the tables
             METADATA.create_all(connection)
-            _check_layout(connection, shown)
+            _bring_up_to_date(connection, shown)
     except OperationalError as error:
         raise Unavailable(
             f"the record database {shown} cannot be opened: {_said(error)}",
@@ -127,14 +127,26 @@ def _prepare_postgresql(connection: Any, _entry: ConnectionPoolEntry) -> None:
     connection.commit()
 
 
-def _check_layout(connection: Connection, shown: str) -> None:
+def _bring_up_to_date(connection: Connection, shown: str) -> None:
+    """Checks the layout of a database that was there, and changes an older one; all of it or nothing."""
     found = connection.execute(sa.select(ABOUT.c.value).where(ABOUT.c.key == "layout")).scalar()
     if found is None:
         connection.execute(sa.insert(ABOUT).values(key="layout", value=str(LAYOUT)))
-    elif int(found) > LAYOUT:
+        return
+    if int(found) > LAYOUT:
         raise BadInput(
             f"{shown} has layout {found}; this host understands up to {LAYOUT}", "update joulemark on this machine"
         )
+    if int(found) < 2:  # layout 1 had the bodies among the columns
+        connection.execute(
+            sa.text("INSERT INTO bodies (run_id, body, signature) SELECT run_id, body, signature FROM records")
+        )
+        connection.execute(sa.text("DROP INDEX IF EXISTS ix_records_task"))
+        for column in ("body", "signature"):
+            connection.execute(sa.text(f"ALTER TABLE records DROP COLUMN {column}"))
+        connection.execute(sa.update(ABOUT).where(ABOUT.c.key == "layout").values(value=str(LAYOUT)))
+    for index in RECORDS.indexes:
+        index.create(connection, checkfirst=True)
 
 
 def _said(error: DatabaseError) -> str:

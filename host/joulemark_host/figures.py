@@ -11,7 +11,7 @@ from typing import Any
 from joulemark.metrics import METRICS
 from joulemark.wire import Measure
 from joulemark_host.charts import heatmap
-from joulemark_host.compare import build_grid, label_artifacts, label_devices, latest_runs, measured
+from joulemark_host.compare import build_grid, label_artifacts, label_devices, latest_runs, measured, names_of_devices
 from joulemark_host.conditions import reference_of
 from joulemark_host.facts import RunFacts
 from joulemark_host.grid import Cell, Grid
@@ -49,15 +49,20 @@ class Figure:
 
 
 def draw(
-    runs: Sequence[RunFacts], metric: str, task: str, artifacts: Mapping[str, tuple[str, str]] | None = None
+    runs: Sequence[RunFacts],
+    metric: str,
+    task: str,
+    artifacts: Mapping[str, tuple[str, str]] | None = None,
+    devices: Mapping[str, str] | None = None,
 ) -> Figure:
     """The figure of one metric on one task.
 
-    `artifacts` are further columns, `{artifact id: (model, quantization)}`, for models that nothing was run on yet.
-    Raises BadInput for an unknown metric.
+    `artifacts` are further columns, `{artifact id: (model, quantization)}`, for models that nothing was run on yet; `devices` further rows,
+    `{board id: name}`. Raises BadInput for an unknown metric.
     """
     names = dict(artifacts or {}) | {run.artifact_id: (run.model, run.quantization) for run in runs}
-    grid = build_grid(runs, metric, task, label_devices(runs), label_artifacts(names))
+    boards = {**names_of_devices(runs), **(devices or {})}
+    grid = build_grid(runs, metric, task, label_devices(boards), label_artifacts(names))
     judged = [run for run in latest_runs(runs, task).values() if measured(run, metric)]
     unit = grid_unit(grid)
     reference = reference_of(judged, metric, "grid")

@@ -27,11 +27,13 @@ from joulemark.errors import BadInput, Conflict, Forbidden, NotFound, TooLarge
 from joulemark.wire import SCHEMA, Absent, Measure, Metric, Problem, RunRecord, content_id
 from joulemark_host.database import open_database, transaction
 from joulemark_host.facts import FACTS_VERSION, RunFacts, facts_of
-from joulemark_host.tables import METRICS_TABLE, QUARANTINE, RECORDS
+from joulemark_host.tables import BODIES, METRICS_TABLE, QUARANTINE, RECORDS
 
 LOG = logging.getLogger(__name__)
 MAX_RECORD_BYTES = 64 * 2**20
 QUARANTINE_PER_RUN = 8
+OUTCOMES = ("done", "failed")
+"""A run that ended so says something about its cell."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Records:
     def raw(self, run_id: str) -> bytes:
         """The body exactly as it was sent. Raises NotFound."""
         with self._transaction() as connection:
-            body = connection.execute(sa.select(RECORDS.c.body).where(RECORDS.c.run_id == run_id)).scalar()
+            body = connection.execute(sa.select(BODIES.c.body).where(BODIES.c.run_id == run_id)).scalar()
         if body is None:
             raise NotFound(f"there is no record of run {run_id!r}", "`joulemark records` lists what is here")
         return gzip.decompress(body)
@@ -146,20 +148,43 @@ class Records:
     def signature(self, run_id: str) -> bytes | None:
         """The envelope in which the board vouches for its record; None for one that came unsigned. Raises NotFound."""
         with self._transaction() as connection:
-            row = connection.execute(sa.select(RECORDS.c.signature).where(RECORDS.c.run_id == run_id)).first()
+            row = connection.execute(sa.select(BODIES.c.signature).where(BODIES.c.run_id == run_id)).first()
         if row is None:
             raise NotFound(f"there is no record of run {run_id!r}", "`joulemark records` lists what is here")
         return row.signature
 
     def facts(self, task: str | None = None, metrics: Collection[str] | None = None) -> list[RunFacts]:
         """All runs (of `task`) in order of receipt, with the named metrics (default: all)."""
-        query = sa.select(*(column for column in RECORDS.c if column.name not in ("body", "signature"))).order_by(
-            RECORDS.c.sequence
-        )
-        figures = sa.select(METRICS_TABLE)
-        if task is not None:
-            query = query.where(RECORDS.c.task == task)
-            figures = figures.join(RECORDS, RECORDS.c.run_id == METRICS_TABLE.c.run_id).where(RECORDS.c.task == task)
+        return self._facts(sa.true() if task is None else RECORDS.c.task == task, metrics)
+
+    def cells(self, task: str, metric: str) -> list[RunFacts]:
+        """Of each board × artifact the run that speaks for it on `task`, with one metric, in order of receipt.
+
+        Which one that is says `compare.latest_runs`: the last received that came to an outcome, else the last.
+        """
+        outcome = sa.case((RECORDS.c.status.in_(OUTCOMES), 1), else_=0)
+        order = (outcome.desc(), RECORDS.c.sequence.desc())
+        place = sa.func.row_number().over(partition_by=(RECORDS.c.device_id, RECORDS.c.artifact_id), order_by=order)
+        ranked = sa.select(RECORDS.c.sequence, place.label("place")).where(RECORDS.c.task == task).subquery()
+        speaking = sa.select(ranked.c.sequence).where(ranked.c.place == 1)
+        return self._facts(RECORDS.c.sequence.in_(speaking), [metric])
+
+    def names(self) -> tuple[dict[str, str], dict[str, tuple[str, str]]]:
+        """({board id: its latest name}, {artifact id: (model, quantization)}) of everything that any record is about."""
+        latest = sa.select(sa.func.max(RECORDS.c.sequence)).group_by(RECORDS.c.device_id)
+        boards = sa.select(RECORDS.c.device_id, RECORDS.c.device_name).where(RECORDS.c.sequence.in_(latest))
+        latest = sa.select(sa.func.max(RECORDS.c.sequence)).group_by(RECORDS.c.artifact_id)
+        columns = (RECORDS.c.artifact_id, RECORDS.c.model, RECORDS.c.quantization)
+        models = sa.select(*columns).where(RECORDS.c.sequence.in_(latest))
+        with self._transaction() as connection:
+            return (
+                {row.device_id: row.device_name for row in connection.execute(boards)},
+                {row.artifact_id: (row.model, row.quantization) for row in connection.execute(models)},
+            )
+
+    def _facts(self, condition: Any, metrics: Collection[str] | None) -> list[RunFacts]:
+        query = sa.select(RECORDS).where(condition).order_by(RECORDS.c.sequence)
+        figures = sa.select(METRICS_TABLE).join(RECORDS, RECORDS.c.run_id == METRICS_TABLE.c.run_id).where(condition)
         if metrics is not None:
             figures = figures.where(METRICS_TABLE.c.name.in_(metrics))
         with self._transaction() as connection:
@@ -187,13 +212,13 @@ class Records:
         connection.execute(
             sa.insert(RECORDS).values(
                 sha256=sha256,
-                signature=signature,
                 size_bytes=len(body),
                 received_at=self._clock(),
-                body=gzip.compress(body, compresslevel=6, mtime=0),
                 **_columns(facts),
             )
         )
+        packed = gzip.compress(body, compresslevel=6, mtime=0)
+        connection.execute(sa.insert(BODIES).values(run_id=facts.run_id, body=packed, signature=signature))
         if facts.metrics:
             connection.execute(sa.insert(METRICS_TABLE), _metric_rows(facts))
 
@@ -201,9 +226,9 @@ class Records:
         """A record that a person brought here came unsigned; when its board sends the same bytes, its word is kept."""
         if origin is None or origin.signature is None:
             return
-        unsigned = sa.and_(RECORDS.c.run_id == run_id, RECORDS.c.signature.is_(None))
+        unsigned = sa.and_(BODIES.c.run_id == run_id, BODIES.c.signature.is_(None))
         with transaction(self._engine, write=True) as connection:
-            connection.execute(sa.update(RECORDS).where(unsigned).values(signature=origin.signature))
+            connection.execute(sa.update(BODIES).where(unsigned).values(signature=origin.signature))
 
     def _set_aside(self, run_id: str, body: bytes, sha256: str) -> bool:
         """Keeps a conflicting body once; False when this run id has its full share of them already."""
@@ -299,7 +324,7 @@ def _metric(row: RowMapping) -> Metric:
 
 def _facts(row: RowMapping, metrics: dict[str, Metric]) -> RunFacts:
     names = (column.name for column in RECORDS.c)
-    skipped = {"body", "signature", "sha256", "size_bytes", "facts_version", "problem", "reasons"}
+    skipped = {"sha256", "size_bytes", "facts_version", "problem", "reasons"}
     return RunFacts(
         **{name: row[name] for name in names if name not in skipped},
         problem=Problem(**row["problem"]) if row["problem"] else None,

@@ -1,8 +1,8 @@
 """The layout of the record database, for any engine that SQLAlchemy speaks to.
 
-`records` keeps the body of a record whole, beside columns that listings and grids filter by; `metrics` is one row for
-each run × figure; `quarantine` keeps bodies that claimed a run id which another body had already. Derived columns may
-be rebuilt from the bodies at any time. Times are seconds of the host's wall clock.
+`records` has what listings and grids filter by; `bodies` keeps each record whole, in a table of its own, so that a grid over thousands of
+runs reads no megabytes; `metrics` is one row for each run × figure; `quarantine` keeps bodies that claimed a run id which another body had
+already. Derived columns may be rebuilt from the bodies at any time. Times are seconds of the host's wall clock.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ RECORDS = sa.Table(
     sa.Column("sha256", sa.Text, nullable=False),
     sa.Column("size_bytes", sa.Integer, nullable=False),
     sa.Column("received_at", sa.Float, nullable=False),
-    sa.Column("body", sa.LargeBinary, nullable=False),
-    sa.Column("signature", sa.LargeBinary),
     sa.Column("facts_version", sa.Integer, nullable=False),
     sa.Column("status", sa.Text, nullable=False),
     sa.Column("valid", sa.Boolean, nullable=False),
@@ -34,14 +32,24 @@ RECORDS = sa.Table(
     sa.Column("quantization", sa.Text, nullable=False),
     sa.Column("weight_bytes", sa.BigInteger, nullable=False),
     sa.Column("pack_id", sa.Text, nullable=False),
-    sa.Column("task", sa.Text, nullable=False, index=True),
+    sa.Column("task", sa.Text, nullable=False),
     sa.Column("task_hash", sa.Text, nullable=False),
     sa.Column("variant", sa.Text, nullable=False),
     sa.Column("finished_at", sa.Float),
     sa.Column("problem", sa.JSON),
     sa.Column("reasons", sa.JSON, nullable=False),
     sa.Column("conditions", sa.JSON, nullable=False),
+    # A grid asks for the runs of one task, the latest of each board × artifact.
+    sa.Index("records_cells", "task", "device_id", "artifact_id", "sequence"),
     sqlite_autoincrement=True,
+)
+
+BODIES = sa.Table(
+    "bodies",
+    METADATA,
+    sa.Column("run_id", sa.Text, sa.ForeignKey("records.run_id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+    sa.Column("signature", sa.LargeBinary),
 )
 
 METRICS_TABLE = sa.Table(

@@ -9,7 +9,7 @@ import pytest
 from joulemark.errors import BadInput
 from joulemark.metrics import METRICS
 from joulemark.wire import Absent, LatencyPlan, Measure, Problem
-from joulemark_host.compare import Entry, build_grid, label_artifacts, label_devices
+from joulemark_host.compare import Entry, build_grid, label_artifacts, label_devices, names_of_devices
 from joulemark_host.conditions import CONDITIONS, Difference, Scope, reference_of
 from joulemark_host.facts import RunFacts, facts_of
 from joulemark_host.grid import Cell
@@ -19,7 +19,9 @@ from tests.fixtures.records import make_manifest, make_pack_header, make_record,
 
 def grid_of(runs: list[RunFacts], metric: str = "decode_rate", **more: Any) -> dict[tuple[str, str], Cell]:
     names = {run.artifact_id: (run.model, run.quantization) for run in runs}
-    grid = build_grid(runs, metric, "arc_challenge", label_devices(runs), label_artifacts(names), **more)
+    grid = build_grid(
+        runs, metric, "arc_challenge", label_devices(names_of_devices(runs)), label_artifacts(names), **more
+    )
     assert len(grid.cells) == len(grid.rows) * len(grid.columns)
     assert [(c.row, c.column) for c in grid.cells] == [(r, c) for r in grid.rows for c in grid.columns]
     return {(cell.row, cell.column): cell for cell in grid.cells}
@@ -248,7 +250,7 @@ def test_labels_are_unique_even_when_a_name_imitates_another():
         run_facts(i, device=LAB.model_copy(update={"device_id": f"dev-{'abcd'[i]}", "name": name}))
         for i, name in enumerate(names)
     ]
-    labels = [entry.label for entry in label_devices(runs)]
+    labels = [entry.label for entry in label_devices(names_of_devices(runs))]
     assert len(set(labels)) == 4
     assert "other" in labels
     assert "pi (dev-b)" in labels

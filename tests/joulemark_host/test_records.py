@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import random
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -16,8 +17,10 @@ from joulemark.errors import BadInput, Conflict, NotFound, Unavailable
 from joulemark.metrics import METRICS
 from joulemark.wire import Absent, Measure, Summary
 from joulemark_host import records as module
+from joulemark_host.compare import latest_runs, names_of_devices
 from joulemark_host.facts import facts_of
 from joulemark_host.records import QUARANTINE_PER_RUN, Origin, Records, TooLarge, parse_record
+from tests.fixtures.grids import PI, SMOL_Q8
 from tests.fixtures.records import make_record, make_summary, record_bytes
 
 
@@ -35,7 +38,9 @@ def test_a_record_is_kept_byte_for_byte_and_stored_once(records: Records):
     assert records.put(body, "run-1") == "unchanged"
     assert records.raw("run-1") == body
     with sa.create_engine(records._engine.url).connect() as asked:  # pyright: ignore[reportPrivateUsage]
-        row = asked.exec_driver_sql("select sha256, received_at, body from records").fetchall()
+        row = asked.exec_driver_sql(
+            "select sha256, received_at, body from records join bodies using (run_id)"
+        ).fetchall()
     assert len(row) == 1
     assert row[0][:2] == (hashlib.sha256(body).hexdigest(), 1234.5)
     assert gzip.decompress(row[0][2]) == body
@@ -61,6 +66,55 @@ def test_facts_come_back_as_they_were_derived(records: Records):
     assert [run.run_id for run in records.facts("gsm8k_cot")] == ["run-2"]
     assert set(records.facts("arc_challenge", ["accuracy"])[0].metrics) == {"accuracy"}
     assert records.tasks() == ["arc_challenge", "gsm8k_cot"]
+
+
+def test_a_grid_is_given_the_run_that_speaks_for_each_cell_and_all_names(records: Records):
+    chance = random.Random(7)
+    boards = [PI, PI.model_copy(update={"device_id": "dev-2", "name": "two"}), None]
+    manifests = [SMOL_Q8, SMOL_Q8.model_copy(update={"name": "other"})]
+    for number in range(60):
+        device, manifest = chance.choice(boards), chance.choice(manifests)
+        task = chance.choice(("arc_challenge", "gsm8k_cot"))
+        status = chance.choice(("done", "failed", "cancelled", "interrupted"))
+        records.put(
+            record_bytes(make_record(f"run-{number}", task=task, status=status, device=device, manifest=manifest))
+        )
+    everything = records.facts()
+    for task in ("arc_challenge", "gsm8k_cot"):
+        expected = sorted(latest_runs(everything, task).values(), key=lambda run: run.sequence)
+        found = records.cells(task, "accuracy")
+        assert [run.run_id for run in found] == [run.run_id for run in expected] and len(found) == 6
+        assert all(set(run.metrics) <= {"accuracy"} for run in found)
+    assert records.cells("nothing", "accuracy") == []
+    devices, models = records.names()
+    assert devices == names_of_devices(everything)
+    assert models == {run.artifact_id: (run.model, run.quantization) for run in everything}
+
+
+def test_a_database_of_an_older_layout_is_brought_up_to_date_and_loses_nothing(database: str):
+    """Layout 1 had the bodies among the columns of the records."""
+    store = Records(database)
+    record = make_record()
+    body, board = record_bytes(record), record.device.device_id
+    store.put(body, "run-1", Origin(board, b"by the board"))
+    with store._engine.begin() as old:  # pyright: ignore[reportPrivateUsage]
+        kind = "BLOB" if old.dialect.name == "sqlite" else "BYTEA"
+        for column in ("body", "signature"):
+            old.exec_driver_sql(f"ALTER TABLE records ADD COLUMN {column} {kind}")
+            old.exec_driver_sql(f"UPDATE records SET {column} = (SELECT {column} FROM bodies)")
+        old.exec_driver_sql("DROP TABLE bodies")
+        old.exec_driver_sql("DROP INDEX records_cells")
+        old.exec_driver_sql("CREATE INDEX ix_records_task ON records (task)")
+        old.exec_driver_sql("UPDATE about SET value = '1' WHERE key = 'layout'")
+    store.close()
+    for _ in range(2):
+        again = Records(database)
+        assert again.raw("run-1") == body and again.signature("run-1") == b"by the board"
+        assert [run.run_id for run in again.cells("arc_challenge", "accuracy")] == ["run-1"]
+        inspected = sa.inspect(again._engine)  # pyright: ignore[reportPrivateUsage]
+        assert "body" not in {column["name"] for column in inspected.get_columns("records")}
+        assert {"records_cells"} <= {index["name"] for index in inspected.get_indexes("records")}
+        again.close()
 
 
 def test_another_body_under_the_same_run_id_is_refused_and_kept_aside(records: Records):

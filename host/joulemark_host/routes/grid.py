@@ -40,8 +40,9 @@ def create_router(shelf: Shelf, records: Records, access: Access) -> APIRouter:
         if task is not None and task not in tasks:
             raise NotFound(f"there is no record of task {task!r}", f"there is: {', '.join(tasks)}")
         task = task or tasks[0]
-        columns = {key: (manifest.name, manifest.quantization) for key, manifest in shelf.artifacts().items()}
-        drawn = draw(records.facts(metrics=[metric]), metric, task, columns)
+        boards, models = records.names()
+        columns = {key: (manifest.name, manifest.quantization) for key, manifest in shelf.artifacts().items()} | models
+        drawn = draw(records.cells(task, metric), metric, task, columns, boards)
         return drawn, Choice(tasks=tasks, task=task, metric=metric)
 
     def needed(metric: str | None, task: str | None) -> Grid:
