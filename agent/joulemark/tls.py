@@ -51,8 +51,15 @@ class _Named(ssl.SSLContext):
     def wrap_socket(self, *arguments: Any, **options: Any) -> ssl.SSLSocket:
         return super().wrap_socket(*arguments, **{**options, "server_hostname": self.name})
 
-    def wrap_bio(self, *arguments: Any, **options: Any) -> ssl.SSLObject:
-        return super().wrap_bio(*arguments, **{**options, "server_hostname": self.name})
+    def wrap_bio(
+        self,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+        server_side: bool = False,
+        server_hostname: str | bytes | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> ssl.SSLObject:
+        return super().wrap_bio(incoming, outgoing, server_side, self.name, session)
 
 
 def unverified() -> ssl.SSLContext:

@@ -26,6 +26,7 @@ from joulemark_agent.host_link import HostLink, bounded, error_of
 from joulemark_agent.orders import OrderBook
 
 WAIT_S = 50.0
+"""Each time a little shorter, by chance: boards that began together would ask together for ever."""
 WAITING_EVERY_S = 5.0
 FIRST_DELAY_S = 1.0
 LONGEST_DELAY_S = 300.0
@@ -107,7 +108,8 @@ class Session:
             return LOOK_EVERY_S
         if self._admission != "approved":
             return self._open()
-        answer = self._ask("GET", f"/api/device/orders?after={self._revision}&wait_s={WAIT_S:g}")
+        wait_s = WAIT_S * random.uniform(0.8, 1.0)
+        answer = self._ask("GET", f"/api/device/orders?after={self._revision}&wait_s={wait_s:.1f}")
         self._failures = 0
         if answer is not None:
             orders = _parsed(Orders, answer)

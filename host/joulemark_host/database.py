@@ -7,8 +7,9 @@ asks for a `write` transaction: there is one of them at a time, over all process
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import sqlalchemy as sa
@@ -26,6 +27,11 @@ PATIENCE_S = 30
 """How long a transaction waits for another writer."""
 _WRITERS = 0x6A6F756C
 """The PostgreSQL advisory lock that a write transaction takes; any number that nobody else in this database uses."""
+
+
+_TURNS: dict[str, threading.Lock] = {}
+READERS = 20
+"""Connections that are kept; forty threads of a server share them."""
 
 
 def open_database(url: str) -> Engine:
@@ -75,7 +81,7 @@ def transaction(engine: Engine, write: bool = False) -> Generator[Connection, No
 
 @contextmanager
 def _begun(engine: Engine, write: bool) -> Generator[Connection, None, None]:
-    with engine.begin() as connection:
+    with _turn(engine) if write else nullcontext(), engine.begin() as connection:
         if write and engine.dialect.name == "sqlite":
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         elif write and engine.dialect.name == "postgresql":
@@ -83,14 +89,29 @@ def _begun(engine: Engine, write: bool) -> Generator[Connection, None, None]:
         yield connection
 
 
+@contextmanager
+def _turn(engine: Engine) -> Generator[None, None, None]:
+    """The writers of one process wait for each other here, and not at the database: SQLite would have each of them look again and again,
+    and each would keep a connection meanwhile."""
+    lock = _TURNS.setdefault(engine.url.render_as_string(hide_password=False), threading.Lock())
+    if not lock.acquire(timeout=PATIENCE_S):
+        raise Unavailable("the database does not answer: other writers do not end", "try again in a moment")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _engine(url: str) -> Engine:
     try:
         parsed = _with_driver(sa.make_url(url))
         if parsed.get_backend_name() == "sqlite":
-            engine = sa.create_engine(parsed)
+            engine = sa.create_engine(parsed, pool_size=READERS)
             event.listen(engine, "connect", _prepare_sqlite)
             return engine
-        engine = sa.create_engine(parsed, pool_pre_ping=True)  # a server may have been restarted meanwhile
+        engine = sa.create_engine(
+            parsed, pool_size=READERS, pool_pre_ping=True
+        )  # a server may have been restarted meanwhile
     except (ArgumentError, NoSuchModuleError, ValueError) as error:  # ValueError: a port that is no number
         raise BadInput(
             f"{_without_password(url)!r} is not a database URL", "an example is sqlite:////srv/joulemark/records.db"

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Collection
 
 import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
 from joulemark.errors import BadInput, Conflict, Forbidden, NotFound
 from joulemark.protocol import Orders, Report, ReportAnswer
@@ -177,26 +178,35 @@ class Dispatch:
         """What this board is to do now. Leases it the next run when it holds none. Raises Forbidden for a board that is not approved: it
         may have been revoked while it waited for news."""
         self.expire()
+        with transaction(
+            self._engine
+        ) as connection:  # most askers get what was signed before: no reason to wait for writers
+            if not self._holdings.to_sign(connection, device_id) and not self._queue.to_lease(connection, device_id):
+                return self._orders(connection, device_id, sign=False)
         with transaction(self._engine, write=True) as connection:
-            if (device := device_row(connection, device_id))["admission"] != "approved":
-                raise Forbidden(f"the board {device['name']!r} takes no part now", "`joulemark devices` says why")
-            fetch, forget = self._holdings.orders(connection, device_id)
-            run = self._queue.held(connection, device_id)
-            return Orders(
-                revision=device_row(connection, device_id)["revision"],
-                host_time=self._clock(),
-                fetch=fetch,
-                run=run,
-                cancel=self._queue.to_cancel(connection, device_id),
-                forget=forget,
-                needed=run_queue.needed(connection, device_id),
-            )
+            return self._orders(connection, device_id, sign=True)
+
+    def _orders(self, connection: Connection, device_id: str, sign: bool) -> Orders:
+        # The revision is read first: what changes meanwhile raises it, and the board asks again.
+        if (device := device_row(connection, device_id))["admission"] != "approved":
+            raise Forbidden(f"the board {device['name']!r} takes no part now", "`joulemark devices` says why")
+        fetch, forget = self._holdings.orders(connection, device_id, sign)
+        run = self._queue.held(connection, device_id, sign)
+        return Orders(
+            revision=device["revision"] if not sign else device_row(connection, device_id)["revision"],
+            host_time=self._clock(),
+            fetch=fetch,
+            run=run,
+            cancel=self._queue.to_cancel(connection, device_id),
+            forget=forget,
+            needed=run_queue.needed(connection, device_id),
+        )
 
     def lend(self, device_id: str, with_models: bool) -> tuple[list[str], list[str]]:
         """The envelopes of everything that a board has not done, for whoever brings them there: (artifacts, runs). Its runs are leased for
         as long as an order lives. `with_models`: also the artifacts of these runs that the board is known to have."""
         with transaction(self._engine, write=True) as connection:
-            fetch, _ = self._holdings.orders(connection, device_id)
+            fetch, _ = self._holdings.orders(connection, device_id, sign=True)
             runs = self._queue.lend(connection, device_id, ORDER_LIFE_S)
             envelopes = [write_envelope(envelope).decode() for envelope in fetch]
             if with_models:
@@ -205,6 +215,9 @@ class Dispatch:
 
     def compare(self, device_id: str, holds: Collection[str]) -> None:
         """A board has begun anew and says which artifacts it has."""
+        with transaction(self._engine) as connection:
+            if not self._holdings.differs(connection, device_id, holds):
+                return
         with transaction(self._engine, write=True) as connection:
             self._holdings.compare(connection, device_id, frozenset(holds))
 

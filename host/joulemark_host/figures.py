@@ -48,6 +48,23 @@ class Figure:
     conditions: Mapping[str, str]
 
 
+def grid_of(
+    runs: Sequence[RunFacts],
+    metric: str,
+    task: str,
+    artifacts: Mapping[str, tuple[str, str]] | None = None,
+    devices: Mapping[str, str] | None = None,
+) -> Grid:
+    """The grid of one metric on one task.
+
+    `artifacts` are further columns, `{artifact id: (model, quantization)}`, for models that nothing was run on yet; `devices` further rows,
+    `{board id: name}`. Raises BadInput for an unknown metric.
+    """
+    names = dict(artifacts or {}) | {run.artifact_id: (run.model, run.quantization) for run in runs}
+    boards = {**names_of_devices(runs), **(devices or {})}
+    return build_grid(runs, metric, task, label_devices(boards), label_artifacts(names))
+
+
 def draw(
     runs: Sequence[RunFacts],
     metric: str,
@@ -55,14 +72,8 @@ def draw(
     artifacts: Mapping[str, tuple[str, str]] | None = None,
     devices: Mapping[str, str] | None = None,
 ) -> Figure:
-    """The figure of one metric on one task.
-
-    `artifacts` are further columns, `{artifact id: (model, quantization)}`, for models that nothing was run on yet; `devices` further rows,
-    `{board id: name}`. Raises BadInput for an unknown metric.
-    """
-    names = dict(artifacts or {}) | {run.artifact_id: (run.model, run.quantization) for run in runs}
-    boards = {**names_of_devices(runs), **(devices or {})}
-    grid = build_grid(runs, metric, task, label_devices(boards), label_artifacts(names))
+    """The figure of one metric on one task: its grid (see `grid_of`) and everything that is shown of it."""
+    grid = grid_of(runs, metric, task, artifacts, devices)
     judged = [run for run in latest_runs(runs, task).values() if measured(run, metric)]
     unit = grid_unit(grid)
     reference = reference_of(judged, metric, "grid")

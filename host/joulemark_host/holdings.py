@@ -65,9 +65,15 @@ class Holdings:
         self._set(connection, device_id, artifact_id, state="forgotten", received_bytes=0, problem=None)
         raise_revision(connection, device_id)
 
-    def orders(self, connection: Connection, device_id: str) -> tuple[tuple[Envelope, ...], tuple[str, ...]]:
-        """Orders that the board has not reported as done, signed anew where they expired; artifacts that it is to remove."""
-        for row in _rows(connection, device_id):
+    def to_sign(self, connection: Connection, device_id: str) -> bool:
+        """Whether a board's orders have to be signed anew before it gets them."""
+        return any(row["state"] == "pending" and not self._stands(row) for row in _rows(connection, device_id))
+
+    def orders(
+        self, connection: Connection, device_id: str, sign: bool
+    ) -> tuple[tuple[Envelope, ...], tuple[str, ...]]:
+        """Orders that the board has not reported as done, with `sign` signed anew where they expired; artifacts that it is to remove."""
+        for row in _rows(connection, device_id) if sign else ():
             if row["state"] == "pending" and not self._stands(row):
                 self._sign_anew(connection, row)
         rows = _rows(connection, device_id)
@@ -108,6 +114,11 @@ class Holdings:
             self._set(
                 connection, row["device_id"], row["artifact_id"], state="registered", received_bytes=0, problem=None
             )
+
+    def differs(self, connection: Connection, device_id: str, holds: Collection[str]) -> bool:
+        """Whether something is believed to be on a board that does not have it."""
+        rows = _rows(connection, device_id)
+        return any(row["state"] == "in_sync" and row["artifact_id"] not in holds for row in rows)
 
     def compare(self, connection: Connection, device_id: str, holds: Collection[str]) -> None:
         """A board has begun anew and says what it has: what was believed to be there and is not, is gone."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from joulemark_host.fleet_tables import DEVICES, EVENTS, SESSIONS
 
 KEY_LIFE_S = 24 * 3600.0
 SEEN_EVERY_S = 5.0
-"""`seen_at` is written at most this often for each board: a thousand of them poll."""
+"""`seen_at` is written at most this often, for all boards together: a thousand of them poll."""
 MAX_NAME = 60
 
 
@@ -62,6 +63,9 @@ class Registry:
         self._engine = open_database(url)
         self._fingerprint = fingerprint
         self._clock = clock
+        self._seen_lock = threading.Lock()
+        self._unwritten: dict[str, tuple[float, str]] = {}
+        self._written_at = 0.0
 
     def close(self) -> None:
         """Gives the connections back."""
@@ -168,8 +172,7 @@ class Registry:
                 f"on the host: joulemark devices approve {device['name']}",
                 "pending_approval",
             )
-        if self._clock() - (device["seen_at"] or 0.0) > SEEN_EVERY_S:
-            self._seen(device_id, address)
+        self._seen(device_id, address)
 
     def public_key(self, device_id: str) -> PublicKey:
         """The key with which a board signs. Raises NotFound."""
@@ -321,9 +324,17 @@ class Registry:
         return refusal
 
     def _seen(self, device_id: str, address: str) -> None:
+        """Notes when boards were seen: those of the last seconds together, in one transaction, whoever comes first."""
+        with self._seen_lock:
+            self._unwritten[device_id] = (self._clock(), address)
+            if self._clock() - self._written_at < SEEN_EVERY_S:
+                return
+            self._written_at = self._clock()
+            seen, self._unwritten = self._unwritten, {}
         with self._change() as connection:
-            mine = DEVICES.c.device_id == device_id
-            connection.execute(sa.update(DEVICES).where(mine).values(seen_at=self._clock(), address=address))
+            for key, (at, where) in seen.items():
+                mine = DEVICES.c.device_id == key
+                connection.execute(sa.update(DEVICES).where(mine).values(seen_at=at, address=where))
 
     def _set(self, connection: Connection, device: RowMapping, **values: Any) -> None:
         connection.execute(sa.update(DEVICES).where(DEVICES.c.device_id == device["device_id"]).values(**values))

@@ -97,17 +97,29 @@ class RunQueue:
             raise Conflict(f"run {run_id} is {row['status']}", "queue another one")
         return str(row["envelope"]) if row["status"] == "leased" else self._lease(connection, row)
 
-    def held(self, connection: Connection, device_id: str) -> Envelope | None:
-        """The order of the run that this board holds; the next one of its queue when it holds none."""
+    def to_lease(self, connection: Connection, device_id: str) -> bool:
+        """Whether a board's next run has to be leased, or its order signed anew, before it gets it."""
+        mine = sa.select(RUNS).where(RUNS.c.device_id == device_id, RUNS.c.status.in_(OPEN)).order_by(RUNS.c.number)
+        rows = connection.execute(mine).mappings().all()
+        going_on = [row for row in rows if row["status"] != "queued"]
+        if not going_on:
+            return bool(rows)
+        first = going_on[0]
+        return first["status"] == "leased" and self._expired(first)
+
+    def _expired(self, row: RowMapping) -> bool:
+        order = RunOrder.model_validate_json(read_envelope(row["envelope"]).body())
+        return order.expires_at <= self._clock()
+
+    def held(self, connection: Connection, device_id: str, lease: bool) -> Envelope | None:
+        """The order of the run that this board holds; with `lease` the next one of its queue when it holds none."""
         mine = sa.select(RUNS).where(RUNS.c.device_id == device_id).order_by(RUNS.c.number)
         row = connection.execute(mine.where(RUNS.c.status.in_(("leased", "cancelling")))).mappings().first()
         if row is not None and row["status"] == "cancelling":
             return None
         if row is not None:
-            envelope = read_envelope(row["envelope"])
-            expired = RunOrder.model_validate_json(envelope.body()).expires_at <= self._clock()
-            return read_envelope(self._lease(connection, row)) if expired else envelope
-        row = connection.execute(mine.where(RUNS.c.status == "queued")).mappings().first()
+            return read_envelope(self._lease(connection, row) if lease and self._expired(row) else row["envelope"])
+        row = connection.execute(mine.where(RUNS.c.status == "queued")).mappings().first() if lease else None
         return read_envelope(self._lease(connection, row)) if row is not None else None
 
     def lend(self, connection: Connection, device_id: str, life_s: float) -> list[str]:

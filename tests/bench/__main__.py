@@ -29,7 +29,7 @@ from joulemark_agent.backends.llamacpp import LlamaSession
 from joulemark_agent.machine import cpu_model, usable_cores
 from joulemark_agent.planning import common_prefix
 from joulemark_agent.sysfs import Roots
-from tests.bench import engines, exports, kills, transfers
+from tests.bench import engines, exports, kills, load, transfers
 from tests.bench.loops import Batched, Prefill, Stream, counted
 from tests.bench.pairs import Figure, Pairs, take_turns
 from tests.fixtures.agent_process import AgentProcess
@@ -269,6 +269,8 @@ PARTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "sampler": measure_sampler,
     "engines": measure_engines,
     "push": lambda _: transfers.measure_push(say),
+    "grid": lambda _: load.measure_grid(say),
+    "fleet": lambda _: load.measure_fleet(say),
     "kills": lambda _: kills.measure_kills(say),
     "large": lambda _: exports.measure_large(say),
     "gptq": lambda _: exports.measure_gptq(say),
@@ -276,8 +278,8 @@ PARTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
 }
 
 
-ON_DEMAND = ("kills",)
-"""Parts that are no speeds and take hours: only with `--only`."""
+ON_DEMAND = ("grid", "fleet", "kills")
+"""Parts that measure the host or take hours: only with `--only`."""
 
 
 def say(text: str) -> None:

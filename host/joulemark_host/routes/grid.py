@@ -9,7 +9,8 @@ from fastapi.responses import HTMLResponse, Response
 
 from joulemark.errors import NotFound
 from joulemark_host.access import Access
-from joulemark_host.figures import Figure, draw, grid_csv
+from joulemark_host.facts import RunFacts
+from joulemark_host.figures import draw, grid_csv, grid_of
 from joulemark_host.grid import Grid
 from joulemark_host.page import STATIC_TYPES, Choice, online_page, static
 from joulemark_host.records import Records
@@ -32,24 +33,24 @@ def create_router(shelf: Shelf, records: Records, access: Access) -> APIRouter:
     router = APIRouter()
     readers = [Depends(access.guard("viewer", "operator"))]
 
-    def figure(metric: str | None, task: str | None) -> tuple[Figure | None, Choice]:
-        tasks = records.tasks()
-        metric = metric or DEFAULT_METRIC
-        if not tasks:
-            return None, Choice(metric=metric)
-        if task is not None and task not in tasks:
+    def asked(metric: str | None, task: str | None) -> Choice:
+        """What is meant; without a task when there are no records yet. Raises NotFound."""
+        tasks, metric = records.tasks(), metric or DEFAULT_METRIC
+        if tasks and task is not None and task not in tasks:
             raise NotFound(f"there is no record of task {task!r}", f"there is: {', '.join(tasks)}")
-        task = task or tasks[0]
+        return Choice(tasks=tasks, task=task or tasks[0], metric=metric) if tasks else Choice(metric=metric)
+
+    def made_of(choice: Choice) -> tuple[list[RunFacts], str, str, dict[str, tuple[str, str]], dict[str, str]]:
+        """What `grid_of` and `draw` take."""
         boards, models = records.names()
         columns = {key: (manifest.name, manifest.quantization) for key, manifest in shelf.artifacts().items()} | models
-        drawn = draw(records.cells(task, metric), metric, task, columns, boards)
-        return drawn, Choice(tasks=tasks, task=task, metric=metric)
+        return records.cells(choice.task, choice.metric), choice.metric, choice.task, columns, boards
 
     def needed(metric: str | None, task: str | None) -> Grid:
-        drawn, _ = figure(metric, task)
-        if drawn is None:
+        choice = asked(metric, task)
+        if not choice.tasks:
             raise NotFound("there are no records yet", "`joulemark run` evaluates a model on a board")
-        return drawn.grid
+        return grid_of(*made_of(choice))
 
     @router.get("/api/grid.json", dependencies=readers)
     def grid_json(metric: Name = None, task: Name = None) -> Grid:
@@ -63,8 +64,8 @@ def create_router(shelf: Shelf, records: Records, access: Access) -> APIRouter:
 
     @router.get("/", response_class=HTMLResponse, dependencies=readers)
     def page(metric: Name = None, task: Name = None) -> str:
-        drawn, choice = figure(metric, task)
-        return online_page([drawn] if drawn else [], choice)
+        choice = asked(metric, task)
+        return online_page([draw(*made_of(choice))] if choice.tasks else [], choice)
 
     @router.get("/pages/{name}")
     def pages(name: str) -> Response:
