@@ -19,6 +19,7 @@ from pathlib import Path
 
 from joulemark import durable, gguf_header
 from joulemark.errors import BadInput, Conflict, DigestMismatch, NoSpace, NotFound
+from joulemark.onnx_header import read_onnx
 from joulemark.wire import FileEntry, Manifest, canonical_json, content_id
 
 MANIFEST_NAME = "manifest.json"
@@ -126,7 +127,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> Manifest:
     """The manifest of `folder` after hashing every file; `progress(done, total)` counts bytes. Raises BadInput or
-    DigestMismatch on anything missing, changed, added or linked."""
+    DigestMismatch on anything missing, changed, added or linked, ModelRejected for a graph that points elsewhere."""
     manifest = read_manifest(folder)
     expected = {entry.path for entry in manifest.files} | {MANIFEST_NAME}
     found = {path.name for path in folder.iterdir()}
@@ -143,6 +144,8 @@ def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> 
 
         _verify_file(folder / entry.path, entry, report)
         before += entry.size_bytes
+    if manifest.format == "onnx":
+        read_onnx(folder / manifest.files[0].path, {entry.path: entry.size_bytes for entry in manifest.files})
     return manifest
 
 

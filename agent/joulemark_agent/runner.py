@@ -21,6 +21,7 @@ from joulemark.artifact import hash_file
 from joulemark.errors import BadInput, DigestMismatch
 from joulemark.gguf_header import read_header
 from joulemark.grading import Outcome
+from joulemark.onnx_header import read_onnx
 from joulemark.wire import FileEntry, ItemRecord, LatencySample, PackItem, Phase, TaskPack
 from joulemark_agent.backends import Choice, Generated, GenerateRequest, Options, Scored, ScoreRequest, Session
 from joulemark_agent.messages import (
@@ -84,6 +85,8 @@ def verify_model(job: EvaluateJob | ServeJob) -> str:
         _verify_file(model.with_name(entry.path), entry, job.manifest.name)
     if job.manifest.format == "gguf":
         read_header(model)
+    elif job.manifest.format == "onnx":
+        read_onnx(model, {entry.path: entry.size_bytes for entry in job.manifest.files})
     return first.sha256
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from onnx import TensorProto, helper
 
 from joulemark.errors import BadInput, DigestMismatch, ModelRejected, NoSpace, NotFound
-from joulemark.wire import canonical_json, content_id
+from joulemark.wire import FileEntry, canonical_json, content_id
 from joulemark_host import shelf as module
 from joulemark_host.shelf import Shelf
 from tests.fixtures.gguf_files import llama, whole
-from tests.fixtures.records import make_pack
+from tests.fixtures.records import make_manifest, make_pack
 
 
 @pytest.fixture
@@ -153,6 +154,33 @@ def test_what_is_no_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(NoSpace, match="1000 are free"):
         shelf.publish_model(model)
     assert shelf.artifacts() == {}
+
+
+def test_a_graph_whose_weights_lie_elsewhere_is_not_published(tmp_path: Path):
+    def publish(location: str) -> str:
+        weights = helper.make_tensor("w", TensorProto.FLOAT, [1], [1.0])
+        weights.ClearField("float_data")
+        weights.data_location = TensorProto.EXTERNAL
+        weights.external_data.add(key="location", value=location)
+        value = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+        graph = helper.make_graph([helper.make_node("Identity", ["w"], ["y"])], "g", [], [value], [weights])
+        folder = tmp_path / f"artifact-{len(location)}"
+        folder.mkdir()
+        (folder / "model.onnx").write_bytes(helper.make_model(graph).SerializeToString())
+        (folder / "model.onnx.data").write_bytes(bytes(4))
+        files = tuple(
+            FileEntry(
+                path=path.name, size_bytes=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest()
+            )
+            for path in sorted(folder.iterdir())
+        )
+        (folder / "manifest.json").write_bytes(canonical_json(make_manifest(format="onnx", files=files)))
+        return Shelf(tmp_path / "shelf").publish_folder(folder)[0]
+
+    assert publish("model.onnx.data")
+    with pytest.raises(ModelRejected, match="no file of this artifact"):
+        publish("../../etc/shadow")
+    assert len(Shelf(tmp_path / "shelf").artifacts()) == 1
 
 
 def test_packs_are_kept_as_their_canonical_bytes(tmp_path: Path):
