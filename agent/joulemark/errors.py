@@ -5,6 +5,7 @@
     │   ├── ModelRejected             model_rejected                a model file that must not reach an engine
     │   ├── PackRejected              pack_rejected                 a task pack that is malformed or does not match its id
     │   ├── TooLarge                  too_large                     more bytes than are taken
+    │   ├── TooNew                    too_new                       a peer speaks a newer version than this program
     │   ├── DigestMismatch            digest_mismatch               bytes are not the bytes that were promised
     │   └── Untrusted                 untrusted                     a signature is missing, wrong, or not by a key that counts here
     ├── NotAuthenticated              not_authenticated PermissionError  nobody that is known here asks
@@ -66,6 +67,12 @@ class TooLarge(BadInput):
     """More bytes than are taken."""
 
     code = "too_large"
+
+
+class TooNew(BadInput):
+    """A peer speaks a newer version than this program knows."""
+
+    code = "too_new"
 
 
 class DigestMismatch(BadInput):
@@ -200,6 +207,7 @@ _STATUSES = {
     "cloned": 409,
     "too_large": 413,
     "unsupported_media": 415,
+    "too_new": 426,
     "model_rejected": 422,
     "pack_rejected": 422,
     "digest_mismatch": 422,

@@ -71,6 +71,10 @@ class SessionRequest(Wire):
     boot_id: Title
     hardware: Sha256 | None
     facts: DeviceFacts
+    schema_number: int = SCHEMA
+    """What this agent speaks. A host takes what is older than itself; what is newer it could misread."""
+    wall_s: float | None = None
+    """The board's own clock, seconds since 1970: only to be shown, nothing is judged by it."""
     holds: Annotated[tuple[Sha256, ...], Field(max_length=10_000)] = ()
     """The artifacts that are whole on this board: what the host believes to be there and is not, it orders anew when it is needed."""
 
@@ -179,3 +183,5 @@ class DeviceRow(Wire):
     seen_at: float | None
     address: Title | None
     facts: DeviceFacts | None
+    clock_ahead_s: float | None = None
+    """By how much the board's clock was ahead of the host's when its agent started."""

@@ -97,6 +97,10 @@ class OrderBook:
         waiting = tuple(self._waiting.values())
         return artifact_id in self._needed or any(spec.artifact_id == artifact_id for spec in waiting)
 
+    def ordered(self, artifact_id: Sha256) -> bool:
+        """Whether the host wants this artifact here and has not heard that it came. Without the lock, as `needs`."""
+        return artifact_id in self._holdings
+
     def evicted(self, artifact_id: Sha256) -> None:
         """The store has given an artifact up for another one: the host has to know."""
         with self._lock:

@@ -150,7 +150,12 @@ def assemble(settings: Settings, who: Identity, address: tuple[str, int] | None 
         if at_host is not None:
             at_host.book.evicted(artifact_id)
 
-    store = Store(settings.data / "store", limit_bytes=settings.store_bytes, needed=needed, on_evicted=evicted)
+    def ordered(artifact_id: str) -> bool:
+        return at_host is not None and at_host.book.ordered(artifact_id)
+
+    store = Store(
+        settings.data / "store", limit_bytes=settings.store_bytes, needed=needed, ordered=ordered, on_evicted=evicted
+    )
     journal = Journal(settings.data / "journal.sqlite")
     outbox = Outbox(settings.data / "outbox.sqlite", settings.outbox_bytes, settings.outbox_age_s)
     names = [who.membership.name if who.membership is not None else settings.name]
@@ -230,6 +235,7 @@ def _at_host(
             hardware=hardware.digest(settings.roots, who.key.public),
             facts=device(),
             holds=tuple(store.artifacts()),
+            wall_s=time.time(),
         )
 
     return _AtHost(ledger, book, Session(link, book, presentation, jobs.current, on_answer))

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from joulemark_agent.room import to_evict
 
 RESERVE_BYTES = 128 * 1024 * 1024
 """Left free for the journal, the outbox and the system when an artifact is accepted."""
+ABANDONED_S = 3600.0
+"""An upload that nobody has continued for so long, while the agent ran, yields when its place is needed."""
 _FOLDERS = ("files", "artifacts", "incoming", "packs", "quarantine", "opened")
 _ID = re.compile(r"[0-9a-f]{64}")
 
@@ -61,10 +64,11 @@ def free_bytes(folder: Path) -> int:
 
 
 class Store:
-    """See the module. Safe for several threads. `free` tells the free bytes of a folder's file system.
+    """See the module. Safe for several threads. `free` tells the free bytes of a folder's file system; `clock` is monotonic.
 
-    `limit_bytes` is what complete and announced artifacts may take together (None: what the disk holds). `needed` says whether an artifact
-    has to stay, and must not wait for anybody; `on_evicted` hears of one that gave way.
+    `limit_bytes` is what complete and announced artifacts may take together (None: what the disk holds). `needed` says whether a complete
+    artifact has to stay, `ordered` whether one that is arriving is fetched by this board itself; neither may wait for anybody. `on_evicted`
+    hears of one that gave way.
 
     Raises NoSpace when the disk is full and JoulemarkError (not_permitted, storage_failed) when it refuses. An existing
     store on a file system that became read-only can still be read.
@@ -77,11 +81,17 @@ class Store:
         free: Callable[[Path], int] = free_bytes,
         limit_bytes: int | None = None,
         needed: Callable[[str], bool] = lambda _: True,
+        ordered: Callable[[str], bool] = lambda _: False,
+        clock: Callable[[], float] = time.monotonic,
         on_evicted: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._root = root
         self._limit_bytes = limit_bytes
         self._needed = needed
+        self._ordered = ordered
+        self._clock = clock
+        self._opened_s = clock()
+        self._touched: dict[str, float] = {}
         self._on_evicted = on_evicted
         self._reserve_bytes = reserve_bytes
         self._free = free
@@ -116,6 +126,7 @@ class Store:
                     self._make_room(manifest, evicted)
                     self._manifests.add(artifact_id, manifest)
                     self._promote()
+                self._touched[artifact_id] = self._clock()
                 return artifact_id, self.missing(manifest)
         finally:
             for gone in evicted:
@@ -193,6 +204,7 @@ class Store:
             if self._file(sha256).exists():
                 raise Conflict(f"file {sha256[:12]}… is complete here", "nothing is left to be sent")
             incoming = self._incoming(entry)
+            self._touched[sha256] = self._clock()
         return incoming.append(offset, chunk)
 
     def finish(self, sha256: str) -> None:
@@ -344,6 +356,7 @@ class Store:
         with self._lock:
             if self._arriving.get(sha256) is incoming:
                 del self._arriving[sha256]
+            self._touched.pop(sha256, None)
 
     def _check_sizes(self, manifest: Manifest) -> None:
         """One sha256 has one size."""
@@ -373,6 +386,9 @@ class Store:
         missing = max(over_disk, self._over_limit(manifest))
         if missing <= 0:
             return
+        if self._drop_abandoned():
+            self._make_room(manifest, evicted)
+            return
         going = [artifact_id for artifact_id in self._manifests.least_recent() if not self._needed(artifact_id)]
         complete = self._manifests.complete
         staying = [complete[artifact_id] for artifact_id in complete if artifact_id not in going]
@@ -388,6 +404,19 @@ class Store:
         for artifact_id in chosen:
             self.delete(artifact_id)
             evicted.append(artifact_id)
+
+    def _drop_abandoned(self) -> bool:
+        """Forgets artifacts that somebody began to send and nobody has continued for long; whether there were any."""
+        abandoned: list[str] = []
+        for artifact_id, manifest in self._manifests.incoming.items():
+            places = (artifact_id, *(entry.sha256 for entry in manifest.files))
+            touched = max(self._touched.get(place, self._opened_s) for place in places)
+            if self._clock() - touched >= ABANDONED_S and not self._ordered(artifact_id):
+                abandoned.append(artifact_id)
+        for artifact_id in abandoned:
+            self.delete(artifact_id)
+            self._touched.pop(artifact_id, None)
+        return bool(abandoned)
 
     def _over_limit(self, manifest: Manifest) -> int:
         """By how many bytes what is here and announced, with `manifest`, goes over the limit."""

@@ -22,7 +22,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from joulemark.errors import BadInput, MissingExtra, NoSpace, Unavailable
 from joulemark_host.tables import ABOUT, METADATA, RECORDS
 
-LAYOUT = 2
+LAYOUT = 3
 PATIENCE_S = 30
 """How long a transaction waits for another writer."""
 _WRITERS = 0x6A6F756C
@@ -165,6 +165,11 @@ def _bring_up_to_date(connection: Connection, shown: str) -> None:
         connection.execute(sa.text("DROP INDEX IF EXISTS ix_records_task"))
         for column in ("body", "signature"):
             connection.execute(sa.text(f"ALTER TABLE records DROP COLUMN {column}"))
+    if int(found) < 3 and sa.inspect(connection).has_table("devices"):  # layout 3 has the boards' clocks
+        columns = {column["name"] for column in sa.inspect(connection).get_columns("devices")}
+        if "clock_ahead_s" not in columns:
+            connection.execute(sa.text("ALTER TABLE devices ADD COLUMN clock_ahead_s FLOAT"))
+    if int(found) < LAYOUT:
         connection.execute(sa.update(ABOUT).where(ABOUT.c.key == "layout").values(value=str(LAYOUT)))
     for index in RECORDS.indexes:
         index.create(connection, checkfirst=True)

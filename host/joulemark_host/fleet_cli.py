@@ -33,6 +33,8 @@ from joulemark_host.options import (
     terminal,
 )
 
+CLOCK_OFF_S = 60.0
+"""By so much a board's clock may be off without a word."""
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 host_app = typer.Typer(invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 devices_app = typer.Typer(invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -231,7 +233,7 @@ def devices(
     """
     if hand_down(context, data, database):
         return
-    from joulemark_host.terminal import devices_table
+    from joulemark_host.terminal import devices_table, duration
 
     registry = open_registry(data, database)
     try:
@@ -248,6 +250,12 @@ def devices(
     for row in rows:
         if row.problem:
             console.print(f"  {row.name}: {row.problem}", markup=False, highlight=False)
+        if row.clock_ahead_s is not None and abs(row.clock_ahead_s) > CLOCK_OFF_S:
+            way = "ahead" if row.clock_ahead_s > 0 else "behind"
+            off = duration(abs(row.clock_ahead_s))
+            console.print(
+                f"  {row.name}: its clock is {off} {way}; nothing is judged by it", markup=False, highlight=False
+            )
 
 
 NameArgument = Annotated[str, typer.Argument(help="The board's name or id.")]

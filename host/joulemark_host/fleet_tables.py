@@ -26,6 +26,7 @@ DEVICES = sa.Table(
     sa.Column("facts", sa.JSON),
     sa.Column("revision", sa.Integer, nullable=False, default=0),
     sa.Column("last_order", sa.BigInteger, nullable=False, default=0),
+    sa.Column("clock_ahead_s", sa.Float),
 )
 
 GROUPS = sa.Table(

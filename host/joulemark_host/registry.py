@@ -21,11 +21,11 @@ from sqlalchemy.engine import Connection, RowMapping
 
 from joulemark import credentials, signing
 from joulemark.credentials import Credential, EnrolmentKey
-from joulemark.errors import BadInput, Conflict, Forbidden, NotFound, Untrusted
+from joulemark.errors import BadInput, Conflict, Forbidden, NotFound, TooNew, Untrusted
 from joulemark.plain_text import printable
 from joulemark.protocol import Admission, DeviceRow, EnrolmentRequest, SessionRequest
 from joulemark.statements import EnrolmentStatement, PublicKey
-from joulemark.wire import DeviceFacts
+from joulemark.wire import SCHEMA, DeviceFacts
 from joulemark_host import credential_book
 from joulemark_host.credential_book import Person, Role, SpentKey, refused
 from joulemark_host.database import open_database, transaction
@@ -141,7 +141,13 @@ class Registry:
         return Caller(*found) if found is not None else None
 
     def begin_session(self, device_id: str, request: SessionRequest, address: str) -> DeviceRow:
-        """An agent has started. Raises Conflict (code `cloned`) when its identity is in use on another board."""
+        """An agent has started. Raises Conflict (`cloned`) when its identity is in use on another board, TooNew for an agent that speaks
+        a newer version."""
+        if request.schema_number > SCHEMA:
+            raise TooNew(
+                f"the agent speaks version {request.schema_number}, this host up to {SCHEMA}",
+                "update joulemark on the host; the board keeps its records until then",
+            )
         with self._change() as connection:
             device = _required(connection, device_id)
             if device["hardware"] and request.hardware and device["hardware"] != request.hardware:
@@ -302,7 +308,10 @@ class Registry:
             connection.execute(sa.insert(SESSIONS).values(begun_at=self._clock(), **row))
         learnt = {"hardware": device["hardware"] or request.hardware}
         facts = request.facts.model_dump(mode="json")
-        self._set(connection, device, facts=facts, seen_at=self._clock(), address=address, **learnt)
+        ahead = request.wall_s - self._clock() if request.wall_s is not None else None
+        self._set(
+            connection, device, facts=facts, seen_at=self._clock(), address=address, clock_ahead_s=ahead, **learnt
+        )
         return None
 
     def _judge_instance(self, device_id: str, instance_id: str) -> None:
@@ -420,4 +429,5 @@ def _row(row: RowMapping) -> DeviceRow:
         seen_at=row["seen_at"],
         address=row["address"],
         facts=DeviceFacts.model_validate_json(json.dumps(row["facts"])) if row["facts"] else None,
+        clock_ahead_s=row["clock_ahead_s"],
     )

@@ -29,7 +29,7 @@ from joulemark.errors import (
 )
 from joulemark.wire import FileEntry, Manifest, canonical_json, content_id
 from joulemark_agent import incoming, refusals
-from joulemark_agent.store import Store
+from joulemark_agent.store import ABANDONED_S, Store
 from tests.fixtures.records import make_manifest, make_pack
 
 CONTENT = bytes(range(256)) * 5 + b"the end"
@@ -410,6 +410,33 @@ def test_what_is_arriving_counts_and_is_not_taken_away(tmp_path: Path) -> None:
     b = quota.push("b")
     assert set(quota.store.artifacts()) == {b} and quota.evicted == [a]
     assert quota.store.offset(sha256(b"z" * 100)) == 40
+
+
+def test_an_upload_that_nobody_continues_yields_after_an_hour_and_one_that_is_fetched_does_not(tmp_path: Path) -> None:
+    now, ordered = [0.0], set[str]()
+    store = Store(tmp_path, free=plenty, limit_bytes=250, clock=lambda: now[0], ordered=ordered.__contains__)
+    left, fetched = manifest_of(b"l" * 100, name="left"), manifest_of(b"f" * 100, name="fetched")
+    for manifest, content in ((left, b"l" * 40), (fetched, b"f" * 40)):
+        store.announce(manifest)
+        store.append(manifest.files[0].sha256, 0, content)
+    ordered.add(content_id(fetched))
+    coming = manifest_of(b"c" * 100, name="coming")
+    now[0] = ABANDONED_S - 1
+    with pytest.raises(NoSpace):
+        store.announce(coming)
+    store.append(left.files[0].sha256, 40, b"l")  # somebody goes on
+    now[0] += ABANDONED_S - 1
+    with pytest.raises(NoSpace):
+        store.announce(coming)
+    now[0] += 1
+    store.announce(coming)
+    with pytest.raises(NotFound):
+        store.progress(content_id(left))
+    assert store.offset(fetched.files[0].sha256) == 40
+    assert not list((tmp_path / "files").rglob(f"{left.files[0].sha256}*"))
+    again = Store(tmp_path, free=plenty, limit_bytes=250, clock=lambda: now[0], ordered=ordered.__contains__)
+    with pytest.raises(NoSpace):  # a new start begins to count anew
+        again.announce(left)
 
 
 def test_a_full_disk_makes_room_too(tmp_path: Path) -> None:

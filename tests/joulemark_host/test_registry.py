@@ -10,8 +10,19 @@ from pathlib import Path
 import pytest
 
 from joulemark.credentials import Credential, EnrolmentKey
-from joulemark.errors import BadInput, Conflict, Forbidden, JoulemarkError, NotAuthenticated, NotFound, Untrusted
+from joulemark.errors import (
+    BadInput,
+    Conflict,
+    Forbidden,
+    JoulemarkError,
+    NotAuthenticated,
+    NotFound,
+    TooNew,
+    Untrusted,
+    http_status,
+)
 from joulemark.signing import SigningKey
+from joulemark.wire import SCHEMA
 from joulemark_host.registry import KEY_LIFE_S, Caller, Registry
 from tests.fixtures.boards_at_host import Board
 from tests.fixtures.clocks import Clock
@@ -131,6 +142,23 @@ def test_an_enrolment_is_believed_only_from_the_key_it_is_about(registry: Regist
             registry.enrol(wrong, "192.0.2.5")
     assert registry.devices() == []
     registry.enrol(board.enrolment(key), "192.0.2.5")  # none of these used the key up
+
+
+def test_an_agent_of_a_newer_version_is_told_which_side_to_update(registry: Registry):
+    board = enrol(registry, Board())
+    newer = board.session().model_copy(update={"schema_number": SCHEMA + 1})
+    with pytest.raises(TooNew, match=f"up to {SCHEMA}") as raised:
+        registry.begin_session(board.device_id, newer, "192.0.2.5")
+    assert "update joulemark on the host" in raised.value.hint and http_status(raised.value.code) == 426
+    take_part(registry, board)
+
+
+@pytest.mark.parametrize(("wall_s", "ahead"), [(None, None), (0.0, -1_000_000.0), (1_000_010.0, 10.0)])
+def test_a_boards_clock_is_shown_and_judges_nothing(registry: Registry, wall_s: float | None, ahead: float | None):
+    board = enrol(registry, Board())
+    registry.begin_session(board.device_id, board.session().model_copy(update={"wall_s": wall_s}), "192.0.2.5")
+    registry.admit(board.device_id, board.instance_id, "192.0.2.5")
+    assert registry.device("pi5").clock_ahead_s == ahead
 
 
 def test_secrets_are_stored_as_digests_only(tmp_path: Path, clock: Clock):
