@@ -229,8 +229,10 @@ def _share(target: Target) -> str:
 def found_table(found: Sequence[Found]) -> Table:
     """One row an agent that announced itself. All of it is a claim, but for what is proven."""
     table = Table(header_style="bold")
-    for column in ("name", "address", "fingerprint", "host", "known here as", "version"):
-        table.add_column(column, overflow="fold", no_wrap=column == "fingerprint")  # people compare it
+    for column in ("name", "address", "fingerprint", "host", "known here as"):
+        table.add_column(
+            column, overflow="fold", no_wrap=column in ("address", "fingerprint")
+        )  # people compare and copy them
     for one in found:
         said = one.said
         cells = (
@@ -239,7 +241,6 @@ def found_table(found: Sequence[Found]) -> Table:
             said.device_id.removeprefix("dev-"),
             one.standing,
             one.known_as or "",
-            said.version,
         )
         row = [Text(printable(cell)) for cell in cells]
         row[3].stylize("green" if one.standing == "proven" else "yellow")
@@ -266,8 +267,8 @@ def rollouts_table(rollouts: Sequence[Rollout]) -> Table:
                 table.add_row(
                     "", Text(printable(f"  {board.device}"), style="dim"), "", "", "", Text(printable(why), style="dim")
                 )
-        if rollout.problem:
-            table.add_row("", "", "", "", "", Text(printable(rollout.problem), style="yellow"))
+            if rollout.problem and number == rollout.stage:
+                table.add_row("", "", "", "", "", Text(printable(rollout.problem), style="yellow"))
     return table
 
 
