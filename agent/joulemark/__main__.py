@@ -6,7 +6,6 @@ where the commands' errors are caught broadly. Exit status: 0 done, 1 it failed 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -91,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command = COMMANDS.get(given[0])
     if command is None:
+        import difflib
+
         near = difflib.get_close_matches(given[0], COMMANDS, 1)
         meant = f"did you mean `joulemark {near[0]}`? " if near else ""
         sys.stderr.write(

@@ -14,8 +14,6 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import psutil
-
 from joulemark.discovery import SERVICE, Announcement
 from joulemark.errors import MissingExtra
 
@@ -99,6 +97,8 @@ class Announcer:
 
 def _own_addresses() -> list[str]:
     """The machine's addresses that others may reach."""
+    import psutil  # here: an agent that announces nothing does not pay for it
+
     found = [
         entry.address
         for entries in psutil.net_if_addrs().values()
