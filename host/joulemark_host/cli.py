@@ -96,6 +96,13 @@ def push(
         bool, typer.Option("--downgrade", help="Also where the board had a newer one of this name.")
     ] = False,
     wait: Annotated[bool, typer.Option(help="Watch until every board has it.")] = True,
+    limit_rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            help="Upload at so many MB/s at most, to an address. Boards that fetch have `joulemark agent --limit-rate`.",
+        ),
+    ] = None,
     data: DataOption = DEFAULT_DATA,
     shelf_at: ShelfOption = None,
     database: DatabaseOption = None,
@@ -117,7 +124,8 @@ def push(
         return
     client, dispatch = AgentClient(to, host_identity(data)), _signing_dispatch(data, database)
     try:
-        missing = evaluation.push(client, shelf, subject_of(shelf, model, task, console), console, dispatch, downgrade)
+        subject, rate = subject_of(shelf, model, task, console), limit_rate * 1e6 if limit_rate is not None else None
+        missing = evaluation.push(client, shelf, subject, console, dispatch, downgrade, rate)
     finally:
         client.close()
         if dispatch is not None:

@@ -109,12 +109,13 @@ class AgentClient:
         file: Callable[[str], StoredFile],
         progress: Progress | None = None,
         order: bytes | None = None,
+        limit_rate: float | None = None,
     ) -> int:
         """Brings the artifact to the agent and returns how many of its files were missing there. `order` is the host's signed word for it,
         without which only an open agent takes it.
 
         The agent pulls from its own host where it has one; where that does not work the files are uploaded from
-        `file(sha256)`. Both resume. Raises what the agent refuses with.
+        `file(sha256)`, with at most `limit_rate` bytes a second. Both resume. Raises what the agent refuses with.
         """
         path, body = ("/api/orders", order) if order is not None else ("/api/artifacts", canonical_json(manifest))
         answer = self._ask("POST", path, content=body).content
@@ -124,7 +125,7 @@ class AgentClient:
             total = sum(entry.size_bytes for entry in entries.values())
             before = 0
             for entry in entries.values():
-                self._upload(entry.sha256, file(entry.sha256), before, total, progress)
+                self._upload(entry.sha256, file(entry.sha256), before, total, progress, limit_rate)
                 before += entry.size_bytes
         return len(missing)
 
@@ -186,16 +187,26 @@ class AgentClient:
                 return False
             self._sleep(0.2)
 
-    def _upload(self, sha256: str, file: StoredFile, before: int, total: int, progress: Progress | None) -> None:
+    def _upload(
+        self,
+        sha256: str,
+        file: StoredFile,
+        before: int,
+        total: int,
+        progress: Progress | None,
+        limit_rate: float | None,
+    ) -> None:
         """Sends the bytes that the agent does not have yet."""
         said = self._ask("HEAD", f"/api/files/{sha256}").headers.get("Upload-Offset", "0")
         offset = int(said) if said.isascii() and said.isdigit() else 0
 
         def blocks() -> Iterator[bytes]:
-            done = offset
+            done, began = offset, self._clock()
             for block in file.blocks(offset):
                 yield block
                 done += len(block)
+                if limit_rate is not None:
+                    self._sleep(max(0.0, (done - offset) / limit_rate - (self._clock() - began)))
                 if progress is not None:
                     progress(before + done, total)
 

@@ -36,8 +36,12 @@ def push(
     console: Console,
     dispatch: Dispatch | None = None,
     downgrade: bool = False,
+    limit_rate: float | None = None,
 ) -> int:
-    """Brings everything to the agent; what it has already is not sent. Returns how many model files were missing."""
+    """Brings everything to the agent; what it has already is not sent, what is uploaded with at most `limit_rate` bytes a second.
+
+    Returns how many model files were missing.
+    """
     order = None
     if dispatch is not None and client.takes_orders_only():
         device_id = client.device().device_id
@@ -46,7 +50,7 @@ def push(
     with transfer_bar(
         console, f"push {subject.manifest.name} {subject.manifest.quantization} to {client.url}"
     ) as progress:
-        missing = client.push_artifact(subject.artifact_id, subject.manifest, shelf.file, progress, order)
+        missing = client.push_artifact(subject.artifact_id, subject.manifest, shelf.file, progress, order, limit_rate)
         for pack_id in subject.packs.values():
             client.push_pack(pack_id, shelf.pack_bytes(pack_id))
     return missing

@@ -109,6 +109,21 @@ def test_an_artifact_reaches_the_agent(agent: Agent, sent: list[str], tmp_path: 
     assert there_already or seen[-1] == (250, 250)
 
 
+def test_an_upload_keeps_to_its_rate(tmp_path: Path):
+    agent, now = Agent(BODY), [0.0]
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "m").write_bytes(BODY)
+    file = StoredFile(open_storage(tmp_path), "files/m", len(BODY))
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    http = httpx.Client(transport=httpx.MockTransport(agent))
+    client = AgentClient("http://agent", http=http, clock=lambda: now[0], sleep=sleep)
+    client.push_artifact(content_id(MANIFEST), MANIFEST, lambda _: file, limit_rate=100.0)
+    assert agent.stored == BODY and now[0] == pytest.approx(len(BODY) / 100.0)
+
+
 def test_problems_become_the_errors_that_they_were():
     for code, kind in (("not_found", NotFound), ("conflict", Conflict), ("unavailable", Unavailable)):
         error = error_from(Problem(code=code, message="m", hint="h", retryable=True))
