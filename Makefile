@@ -10,8 +10,11 @@ SOURCES := agent exporter host deploy tests
 demo: $(VENV)/.installed
 	$(BIN)/joulemark demo --out demo-output
 
+# Tests that mostly wait for processes run three at a time; those that compute or look at the clock one after the other.
+WAITING := tests/browser tests/deploy tests/e2e tests/faults tests/joulemark_host
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 3 --dist loadgroup $(WAITING)
+	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(WAITING))
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m tests.bench
