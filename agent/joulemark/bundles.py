@@ -93,6 +93,11 @@ class Bundle:
         """Where a file lies or is to lie."""
         return self.folder / "files" / _digest(sha256)
 
+    def size(self, sha256: Sha256) -> int:
+        """How many bytes of a file are here. Raises NotFound."""
+        with _opened(self.file(sha256)) as stream:
+            return os.fstat(stream.fileno()).st_size
+
     def blocks(self, sha256: Sha256, start: int) -> Iterator[bytes]:
         """A file's bytes from `start`. Raises NotFound."""
         with _opened(self.file(sha256)) as stream:
@@ -119,11 +124,15 @@ class Bundle:
         """Whether the record of the run with this order is here."""
         return (self.folder / "results" / f"{number:012d}.json").is_file()
 
-    def results(self, max_bytes: int) -> Iterator[Result]:
-        """All records by number, none larger than `max_bytes`."""
-        for number, path in _numbered(self.folder / "results", "json"):
-            signature = read_envelope(_read(path.with_suffix(".signature"), MAX_ENVELOPE_BYTES))
-            yield Result(number, _read(path, max_bytes), signature)
+    def results(self) -> list[int]:
+        """The numbers of all records that are here."""
+        return [number for number, _ in _numbered(self.folder / "results", "json")]
+
+    def result(self, number: int, max_bytes: int) -> Result:
+        """One record, not larger than `max_bytes`, with its signature."""
+        path = self.folder / "results" / f"{number:012d}.json"
+        signature = read_envelope(_read(path.with_suffix(".signature"), MAX_ENVELOPE_BYTES))
+        return Result(number, _read(path, max_bytes), signature)
 
     # --- enrolling --------------------------------------------------------------------------------------------------------
     def write_request(self, request: EnrolmentRequest) -> None:

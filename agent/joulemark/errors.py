@@ -165,6 +165,18 @@ def to_problem(error: BaseException) -> Problem:
         return Problem(
             code="no_space", message=f"the disk is full: {error}", hint="free some space and try again", retryable=True
         )
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return Problem(
+            code="no_space",
+            message=f"the file system takes no file of this size: {error}",
+            hint="FAT holds 4 GB a file: format the stick as exFAT or ext4",
+        )
+    if isinstance(error, OSError) and error.errno == errno.EIO:
+        return Problem(
+            code="storage_failed",
+            message=f"the disk or the stick cannot be read or written: {error}",
+            hint="was it pulled out? The kernel's log says more; what was finished is kept",
+        )
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return Problem(
             code="not_permitted",

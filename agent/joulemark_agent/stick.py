@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from pydantic import ValidationError
 
 from joulemark import tls
 from joulemark.bundles import Bundle, Result
@@ -20,8 +21,8 @@ from joulemark.errors import BadInput, Conflict, JoulemarkError, NotFound, Unava
 from joulemark.packs import MAX_PACK_BYTES
 from joulemark.protocol import SIGNATURE_HEADER
 from joulemark.statements import Envelope, FetchOrder, RunOrder, from_base64, read_envelope
-from joulemark.wire import FileEntry, RunSpec
-from joulemark_agent.host_link import bounded, error_of
+from joulemark.wire import FileEntry, RunSpec, RunState
+from joulemark_agent.host_link import bounded, checked_url, error_of
 from joulemark_agent.identity import Identity
 
 ENDED = ("done", "failed", "cancelled", "interrupted")
@@ -48,6 +49,7 @@ class LocalAgent:
         if who.membership is not None and url.startswith("https:"):
             verify = tls.pinned(who.membership.host.authority_pem, tls.device_name(who.device_id))
         headers = {"Authorization": f"Bearer {token}"}
+        url = checked_url(url)  # the token goes nowhere in the clear but to this machine
         self._http = httpx.Client(base_url=url, headers=headers, timeout=120, verify=verify, trust_env=False)
         self._url = url
 
@@ -128,13 +130,14 @@ def collect(agent: LocalAgent, bundle: Bundle, orders: list[Order], watch: Calla
 
 
 def _status(agent: LocalAgent, run_id: str) -> str:
-    import json
-
     try:
-        state = json.loads(agent.ask("GET", f"/api/runs/{run_id}")[0])
+        return RunState.model_validate_json(agent.ask("GET", f"/api/runs/{run_id}")[0]).status
     except NotFound:
-        return "waits for its model"
-    return str(state["status"])
+        return "waits for its model (if it never comes: export-bundle --with-models)"
+    except ValidationError as error:
+        raise Unavailable(
+            "what answers is no agent of this version", "is --agent the address of this board's?"
+        ) from error
 
 
 def _keep(agent: LocalAgent, bundle: Bundle, number: int, run_id: str) -> bool:
@@ -149,6 +152,12 @@ def _keep(agent: LocalAgent, bundle: Bundle, number: int, run_id: str) -> bool:
 
 
 def _bring_file(agent: LocalAgent, bundle: Bundle, entry: FileEntry, progress: Callable[[int], None]) -> None:
+    there = bundle.size(entry.sha256)
+    if there != entry.size_bytes:
+        raise BadInput(
+            f"{bundle.file(entry.sha256)} has {there} bytes of {entry.size_bytes}: the copy was cut",
+            "`joulemark export-bundle` once more, and let the stick finish before it is pulled out",
+        )
     for _ in range(5):
         offset = int(agent.ask("HEAD", f"/api/files/{entry.sha256}")[1].get("Upload-Offset", "0"))
         if offset >= entry.size_bytes:

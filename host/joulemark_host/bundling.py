@@ -86,14 +86,16 @@ def export(
 
 
 def import_results(folder: Path, records: Records, registry: Registry, dispatch: Dispatch) -> Iterator[Imported]:
-    """Takes every record of a stick in; one that is refused does not stop the others."""
-    for result in Bundle(folder).results(records.max_record_bytes):
+    """Takes every record of a stick in; one that is damaged or refused does not stop the others."""
+    bundle = Bundle(folder)
+    for number in bundle.results():
         try:
+            result = bundle.result(number, records.max_record_bytes)
             created = receive(result.body, result.signature, records, registry, dispatch)
         except JoulemarkError as error:
-            yield Imported(result.number, False, error)
+            yield Imported(number, False, error)
         else:
-            yield Imported(result.number, created, None)
+            yield Imported(number, created, None)
 
 
 def _copy(bundle: Bundle, shelf: Shelf, entry: FileEntry, progress: Callable[[int], None]) -> None:

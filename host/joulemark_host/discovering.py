@@ -22,6 +22,7 @@ from joulemark.errors import MissingExtra
 from joulemark_host.identity import HostIdentity
 
 MOST = 1000
+MOST_ADDRESSES = 4
 PROOF_S = 3.0
 Standing = Literal["proven", "claims to be of this host", "of another host", "no host yet"]
 
@@ -85,18 +86,26 @@ def _look(asked: Any, name: str, identity: HostIdentity | None, names: dict[str,
     if not addresses:
         return None
     said = read_entries(info.properties)
-    address = f"[{addresses[0]}]" if ":" in addresses[0] else addresses[0]
-    url = f"{'https' if said.tls else 'http'}://{address}:{info.port}"
-    return Found(said, url, _standing(said, addresses, info.port, identity), names.get(said.device_id))
+    address, standing = _standing(said, addresses, info.port, identity)
+    shown = f"[{address}]" if ":" in address else address
+    url = f"{'https' if said.tls else 'http'}://{shown}:{info.port}"
+    return Found(said, url, standing, names.get(said.device_id))
 
 
-def _standing(said: Announcement, addresses: Sequence[str], port: int, identity: HostIdentity | None) -> Standing:
+def _standing(
+    said: Announcement, addresses: Sequence[str], port: int, identity: HostIdentity | None
+) -> tuple[str, Standing]:
+    """Which of the addresses to show, and how the agent stands. Only the very address that proved itself is called proven: whoever
+    announces may name several, also somebody else's."""
+    first = addresses[0]
     if not said.host:
-        return "no host yet"
+        return first, "no host yet"
     if identity is None or not identity.fingerprint.startswith(said.host):
-        return "of another host"
-    proven = said.tls and any(_proves(address, port, said.device_id, identity) for address in addresses[:4])
-    return "proven" if proven else "claims to be of this host"
+        return first, "of another host"
+    for address in addresses[:MOST_ADDRESSES] if said.tls else ():
+        if _proves(address, port, said.device_id, identity):
+            return address, "proven"
+    return first, "claims to be of this host"
 
 
 def _proves(address: str, port: int, device_id: str, identity: HostIdentity) -> bool:

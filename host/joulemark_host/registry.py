@@ -7,6 +7,7 @@ HTTP. Times are seconds of the clock that is passed in.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -21,7 +22,7 @@ from sqlalchemy.engine import Connection, RowMapping
 
 from joulemark import credentials, signing
 from joulemark.credentials import Credential, EnrolmentKey
-from joulemark.errors import BadInput, Conflict, Forbidden, NotFound, TooNew, Untrusted
+from joulemark.errors import BadInput, Conflict, Forbidden, JoulemarkError, NotFound, TooNew, Untrusted
 from joulemark.plain_text import printable
 from joulemark.protocol import Admission, DeviceRow, EnrolmentRequest, SessionRequest
 from joulemark.statements import EnrolmentStatement, PublicKey
@@ -68,7 +69,9 @@ class Registry:
         self._written_at = 0.0
 
     def close(self) -> None:
-        """Gives the connections back."""
+        """Writes down when boards were seen, and gives the connections back."""
+        with contextlib.suppress(JoulemarkError):  # a database that is away now: nothing but the last seconds is lost
+            self._write_seen()
         self._engine.dispose()
 
     def now(self) -> float:
@@ -336,10 +339,17 @@ class Registry:
         """Notes when boards were seen: those of the last seconds together, in one transaction, whoever comes first."""
         with self._seen_lock:
             self._unwritten[device_id] = (self._clock(), address)
-            if self._clock() - self._written_at < SEEN_EVERY_S:
-                return
-            self._written_at = self._clock()
+            due = self._clock() - self._written_at >= SEEN_EVERY_S
+            if due:
+                self._written_at = self._clock()
+        if due:
+            self._write_seen()
+
+    def _write_seen(self) -> None:
+        with self._seen_lock:
             seen, self._unwritten = self._unwritten, {}
+        if not seen:
+            return
         with self._change() as connection:
             for key, (at, where) in seen.items():
                 mine = DEVICES.c.device_id == key

@@ -21,6 +21,7 @@ from sqlalchemy.engine import Connection, RowMapping
 
 from joulemark.errors import BadInput, Conflict, NotFound
 from joulemark.wire import Identifier, Manifest, Problem, RunSpec, Title, Wire, content_id
+from joulemark_host import run_queue
 from joulemark_host.fleet_tables import DEVICES, ROLLOUTS, RUNS
 from joulemark_host.holdings import Holdings, row_of
 from joulemark_host.run_queue import RunQueue
@@ -134,7 +135,8 @@ class Rollouts:
         self._queue.cancel(connection, [run["run_id"] for run in self._checks(connection, plan, row["stage"])])
         for device_id in plan.stages[row["stage"]].device_ids:
             held = row_of(connection, device_id, artifact_id)
-            if held is not None and held["state"] == "pending":
+            waits = held is not None and held["state"] == "pending"
+            if waits and not run_queue.needing(connection, device_id, artifact_id):  # somebody else's run needs it
                 self._holdings.forget(connection, device_id, artifact_id)
         self._set(connection, name, status="stopped", problem=why)
 

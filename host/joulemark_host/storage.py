@@ -7,8 +7,9 @@ artifacts. Sizes are in bytes.
 
 from __future__ import annotations
 
-import functools
 import shutil
+import threading
+from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,12 +18,14 @@ from typing import Any, Protocol
 
 from joulemark import durable
 from joulemark.errors import BadInput, MissingExtra, NoSpace, Unavailable
+from joulemark.packs import MAX_PACK_BYTES
 
 BLOCK = 1 << 20
 RESERVE_BYTES = 64 * 2**20
 """Left free on the disk, so that the record database can still grow."""
-SMALL_BYTES = 16 * 2**20
-CACHED = 4096
+CACHED_BYTES = 256 * 1024
+"""Manifests are smaller; packs are read each time, so that the memory stays small."""
+CACHED = 1024
 RETRY_S = 30.0
 
 
@@ -98,7 +101,7 @@ class FolderStorage:
 
 
 class ObjectStorage:
-    """A bucket, or a prefix of one. Small files are kept in memory once read, since they never change."""
+    """A bucket, or a prefix of one. Manifests are kept in memory once read, since they never change."""
 
     def __init__(self, url: str) -> None:
         try:
@@ -113,7 +116,8 @@ class ObjectStorage:
                 f"{url!r} is no object storage: {_first_line(error)}", "such as s3://bucket/folder"
             ) from error
         self._url = url
-        self._small = functools.lru_cache(maxsize=CACHED)(self._fetch_small)
+        self._small: OrderedDict[str, bytes] = OrderedDict()
+        self._lock = threading.Lock()
         self.size("artifacts/none")  # a wrong key or address shows at once
 
     def size(self, name: str) -> int | None:
@@ -126,7 +130,17 @@ class ObjectStorage:
                 return None
 
     def read(self, name: str) -> bytes:
-        return self._small(name)
+        with self._lock:
+            known = self._small.get(name)
+        if known is not None:
+            return known
+        body = self._fetch(name)
+        if len(body) <= CACHED_BYTES:
+            with self._lock:
+                self._small[name] = body
+                if len(self._small) > CACHED:
+                    self._small.popitem(last=False)
+        return body
 
     def blocks(self, name: str, start: int, end: int) -> Iterator[bytes]:
         import obstore
@@ -153,12 +167,12 @@ class ObjectStorage:
     def path(self, name: str) -> Path | None:
         return None
 
-    def _fetch_small(self, name: str) -> bytes:
+    def _fetch(self, name: str) -> bytes:
         import obstore
 
         with self._answers():
             answer = obstore.get(self._store, name)
-            if answer.meta["size"] > SMALL_BYTES:
+            if answer.meta["size"] > MAX_PACK_BYTES:
                 raise BadInput(f"{name} in {self._url} is too large to be what it should be", "delete it there")
             return bytes(answer.bytes())
 

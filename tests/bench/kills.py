@@ -33,7 +33,8 @@ def measure_kills(say: Callable[[str], None], kills: int = KILLS) -> Iterator[Fi
                 world.close()
             done += sum(world.kills.values())
             say(
-                f"world {number}: {dict(world.kills)} kills; runs {dict(world.ended)}, {world.items} items, "
+                f"world {number}: {dict(world.kills)} kills; runs {dict(world.ended)} "
+                f"(failed for {dict(world.failures)}), {world.items} items, "
                 f"{world.bytes / 1e6:.0f} MB whole; {done} kills in {time.monotonic() - began:.0f} s"
             )
     yield Figure(f"lost or doubled after {done} random kills", lost, 0, "", at_least=False)

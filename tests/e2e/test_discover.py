@@ -8,7 +8,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,11 +31,18 @@ pytestmark = pytest.mark.xdist_group("multicast")  # they would hear each other
 
 
 @contextmanager
-def announced(label: str, port: int, entries: dict[str | bytes, str | bytes | None]) -> Iterator[None]:
+def announced(
+    label: str, port: int, entries: dict[str | bytes, str | bytes | None], addresses: Sequence[str] = HERE
+) -> Iterator[None]:
     """Somebody on the network says this."""
     opened = Zeroconf(interfaces=HERE)
     info = ServiceInfo(
-        SERVICE, f"{label}.{SERVICE}", port=port, parsed_addresses=HERE, properties=entries, server=f"{label}.local."
+        SERVICE,
+        f"{label}.{SERVICE}",
+        port=port,
+        parsed_addresses=list(addresses),
+        properties=entries,
+        server=f"{label}.local.",
     )
     opened.register_service(info)
     try:
@@ -134,6 +141,18 @@ def test_only_a_certificate_proves_who_somebody_is(tmp_path: Path):
     )
     assert standing(mine, {"id": "dev-1", "host": elsewhere.fingerprint[:16]}) == "of another host"
     assert standing(mine, {"id": "dev-1"}) == "no host yet"
+
+
+def test_an_address_is_not_proven_by_another_ones_certificate(tmp_path: Path):
+    """Whoever announces a board's true address beside his own is not taken for the board."""
+    here = identity.create(tmp_path / "here")
+    key_file = tmp_path / "tls.key"
+    mine = certify_device(here, "dev-1", signing.create_key(key_file).public)
+    said = {"name": "x", "tls": "1", "id": "dev-1", "host": here.fingerprint[:16]}
+    with listening(mine, key_file) as port, announced("x", port, said, ["127.0.0.2", "127.0.0.1"]):  # type: ignore[arg-type]
+        heard = discover(1.5, here, {}, HERE)
+    (found,) = [one for one in heard if one.url.endswith(f":{port}")]
+    assert (found.url, found.standing) == (f"https://127.0.0.1:{port}", "proven")
 
 
 def test_what_is_announced_is_hostile_text(tmp_path: Path):

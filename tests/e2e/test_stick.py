@@ -154,6 +154,20 @@ def test_a_stick_is_believed_no_more_than_a_network(gap: AirGap, tmp_path: Path)
     assert gap.host.records.facts() == []
 
 
+def test_a_damaged_record_does_not_stop_the_others(gap: AirGap):
+    for run_id in ("one", "two", "three"):
+        queue_fake(gap, run_id)
+    assert gap.at_host("export-bundle", "--to", "farm", "--out", str(gap.stick)).returncode == 0
+    assert gap.at_board("run-bundle", str(gap.stick)).returncode == 0
+    first, second, _ = sorted((gap.stick / "results").glob("*.signature"))
+    first.unlink()
+    second.write_bytes(b"{")
+    back = gap.at_host("import-results", str(gap.stick))
+    assert back.returncode == 1 and "1 new record," in back.stdout and back.stdout.count("✗") == 2
+    assert [run.run_id for run in gap.host.records.facts()] == ["three"]
+    assert {run.run_id for run in gap.host.dispatch.runs(open_only=True)} == {"one", "two"}
+
+
 def test_a_stick_that_is_pulled_out_is_taken_up_where_it_was(gap: AirGap):
     queue_fake(gap, "one")
     assert gap.at_host("export-bundle", "--to", "farm", "--out", str(gap.stick)).returncode == 0
@@ -161,7 +175,7 @@ def test_a_stick_that_is_pulled_out_is_taken_up_where_it_was(gap: AirGap):
     body = model.read_bytes()
     model.write_bytes(body[:100])  # what a pulled stick left
     cut = gap.at_board("run-bundle", str(gap.stick), "--no-wait")
-    assert cut.returncode == 1
+    assert cut.returncode == 1 and f"100 bytes of {len(body)}" in cut.stderr and "export-bundle" in cut.stderr
     model.write_bytes(body)
     assert gap.at_board("run-bundle", str(gap.stick), "--no-wait").returncode == 0
     gap.board.kill()

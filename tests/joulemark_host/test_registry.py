@@ -23,7 +23,7 @@ from joulemark.errors import (
 )
 from joulemark.signing import SigningKey
 from joulemark.wire import SCHEMA
-from joulemark_host.registry import KEY_LIFE_S, Caller, Registry
+from joulemark_host.registry import KEY_LIFE_S, SEEN_EVERY_S, Caller, Registry
 from tests.fixtures.boards_at_host import Board
 from tests.fixtures.clocks import Clock
 
@@ -159,6 +159,50 @@ def test_a_boards_clock_is_shown_and_judges_nothing(registry: Registry, wall_s: 
     registry.begin_session(board.device_id, board.session().model_copy(update={"wall_s": wall_s}), "192.0.2.5")
     registry.admit(board.device_id, board.instance_id, "192.0.2.5")
     assert registry.device("pi5").clock_ahead_s == ahead
+
+
+def test_when_boards_were_seen_is_written_for_all_of_them_together(
+    registry: Registry, clock: Clock, database: str, monkeypatch: pytest.MonkeyPatch
+):
+    boards = [enrol(registry, Board(name)) for name in ("one", "two", "three")]
+    for board in boards:
+        take_part(registry, board)
+    writes: list[int] = []
+    real = registry._write_seen
+    monkeypatch.setattr(registry, "_write_seen", lambda: (writes.append(1), real()))
+    clock.now += SEEN_EVERY_S
+    for step in range(3):
+        for board in boards:
+            clock.now += 0.1
+            registry.admit(board.device_id, board.instance_id, f"192.0.2.{step}")
+    assert len(writes) == 1
+    assert registry.device("one").seen_at is not None and registry.device("one").address == "192.0.2.0"
+    clock.now += SEEN_EVERY_S
+    registry.admit(boards[0].device_id, boards[0].instance_id, "192.0.2.9")
+    assert [registry.device(name).address for name in ("one", "two", "three")] == [
+        "192.0.2.9",
+        "192.0.2.2",
+        "192.0.2.2",
+    ]
+    registry.admit(boards[1].device_id, boards[1].instance_id, "192.0.2.8")
+    registry.close()  # what is not written yet is written at the end
+    again = Registry(database, HERE, clock)
+    assert again.device("two").address == "192.0.2.8"
+    again.close()
+
+
+def test_a_book_without_the_boards_clocks_is_brought_up_to_date(database: str, clock: Clock):
+    """Layout 2 had no clocks."""
+    registry = Registry(database, HERE, clock)
+    board = enrol(registry, Board())
+    with registry._engine.begin() as old:
+        old.exec_driver_sql("ALTER TABLE devices DROP COLUMN clock_ahead_s")
+        old.exec_driver_sql("UPDATE about SET value = '2' WHERE key = 'layout'")
+    registry.close()
+    for _ in range(2):
+        again = Registry(database, HERE, clock)
+        assert again.device("pi5").device_id == board.device_id and again.device("pi5").clock_ahead_s is None
+        again.close()
 
 
 def test_secrets_are_stored_as_digests_only(tmp_path: Path, clock: Clock):

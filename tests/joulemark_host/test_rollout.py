@@ -189,6 +189,15 @@ def test_looking_changes_nothing(fleet: Fleet):
     assert [run.status for run in before[0]] == ["cancelled"] and before[1] == []
 
 
+def test_what_a_run_of_somebody_else_needs_is_not_withdrawn(fleet: Fleet):
+    fleet.dispatch.roll_out(fleet.plan([0, 1], check=CHECK))
+    mine = CHECK.model_copy(update={"run_id": "mine"})
+    fleet.dispatch.queue(fleet.ids[1], mine, SMOL_Q8)
+    fleet.dispatch.stop_rollout("r", "ann")
+    assert fleet.asked() == [1]
+    assert [run.status for run in fleet.dispatch.runs(run_ids=["mine"])] == ["leased"]
+
+
 def test_a_stopped_one_is_taken_up_again_where_it_was(fleet: Fleet, clock: Clock):
     plan = fleet.plan([0, 1], [2], check=CHECK, timeout_s=100.0)
     fleet.dispatch.roll_out(plan)

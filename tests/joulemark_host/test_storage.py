@@ -116,12 +116,26 @@ def test_boards_get_the_ranges_that_they_ask_for(
     records.close()
 
 
+def test_manifests_are_read_once_and_large_files_are_not_kept(
+    object_server: ObjectServer, monkeypatch: pytest.MonkeyPatch
+):
+    storage = open_storage(object_server.new_bucket(monkeypatch))
+    for name, size in (("artifacts/a", 1000), ("packs/p", 300_000)):
+        storage.write(name, size, [bytes(size)])
+        assert storage.read(name) == bytes(size)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    fetched: list[str] = []
+    monkeypatch.setattr(storage, "_fetch", lambda name: fetched.append(name) or b"again")
+    assert storage.read("artifacts/a") == bytes(1000) and storage.read("packs/p") == b"again"
+    assert fetched == ["packs/p"]
+
+
 def test_object_storage_that_cannot_be_used_is_said_so(object_server: ObjectServer, monkeypatch: pytest.MonkeyPatch):
     url = object_server.new_bucket(monkeypatch)
     storage = open_storage(url)
     with pytest.raises(BadInput, match="no object storage"):
         open_storage("what://is-this")
-    monkeypatch.setattr("joulemark_host.storage.SMALL_BYTES", 1000)
+    monkeypatch.setattr("joulemark_host.storage.MAX_PACK_BYTES", 1000)
     storage.write("packs/big", 2000, [bytes(2000)])
     with pytest.raises(BadInput, match="too large"):
         storage.read("packs/big")
