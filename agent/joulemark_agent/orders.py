@@ -155,7 +155,8 @@ class OrderBook:
                     self._impossible.pop(state.run_id, None)
                     self._told.pop(state.run_id, None)
             for holding in report.holdings:
-                if holding.state != "pending":
+                # While the report was under way the host may have ordered the artifact anew: then it is not over.
+                if holding.state != "pending" and self._holding(holding.artifact_id) == holding:
                     self._holdings.pop(holding.artifact_id, None)
                     self._given_up.pop(holding.artifact_id, None)
                     self._evicted.discard(holding.artifact_id)
@@ -170,6 +171,16 @@ class OrderBook:
     def _take_fetch(self, order: FetchOrder) -> Sha256:
         self._check(order)
         artifact_id = content_id(order.manifest)
+        try:
+            self._store.announce(order.manifest)
+        except JoulemarkError as error:
+            self._note(artifact_id, to_problem(error))
+            raise
+        self._note(artifact_id, None)
+        return artifact_id
+
+    def _note(self, artifact_id: Sha256, problem: Problem | None) -> None:
+        """An artifact is ordered. Not noted before the store knows it: a report in between would say that it was removed here."""
         with self._lock:
             if artifact_id in self._evicted:
                 self._evicted.remove(artifact_id)
@@ -177,13 +188,8 @@ class OrderBook:
             self._holdings.setdefault(artifact_id, 0.0)
             self._given_up.pop(artifact_id, None)
             self._told.pop(artifact_id, None)
-        try:
-            self._store.announce(order.manifest)
-        except JoulemarkError as error:
-            with self._lock:
-                self._given_up[artifact_id] = to_problem(error)
-            raise
-        return artifact_id
+            if problem is not None:
+                self._given_up[artifact_id] = problem
 
     def _take_run(self, order: RunOrder) -> RunState | None:
         self._check(order)

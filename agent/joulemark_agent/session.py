@@ -151,6 +151,7 @@ class Session:
 
     def _say(self, report: Report) -> None:
         answer = _parsed(ReportAnswer, self._ask("POST", "/api/device/report", report.model_dump_json()) or b"")
+        self._failures = 0
         self._reported_s = time.monotonic()
         self._book.told(report)
         for run_id in answer.cancel:

@@ -152,8 +152,9 @@ class Store:
 
     def manifest_of(self, artifact_id: str) -> Manifest:
         """The manifest of a complete or arriving artifact. Raises NotFound."""
-        arriving = self._manifests.incoming.get(_checked(artifact_id))
-        return arriving if arriving is not None else self.manifest(artifact_id)
+        with self._lock:  # between the two looks it could change from the one to the other
+            arriving = self._manifests.incoming.get(_checked(artifact_id))
+            return arriving if arriving is not None else self.manifest(artifact_id)
 
     def progress(self, artifact_id: str) -> Progress:
         """How much of a complete or arriving artifact is here. Raises NotFound."""

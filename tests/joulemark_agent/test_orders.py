@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from joulemark import artifact
-from joulemark.errors import BadInput, NotFound, Unavailable, Untrusted
+from joulemark.errors import BadInput, NoSpace, NotFound, Unavailable, Untrusted
 from joulemark.protocol import Orders
 from joulemark.signing import SigningKey
 from joulemark.statements import Envelope, FetchOrder, RunOrder
@@ -163,6 +163,42 @@ def test_a_report_that_did_not_arrive_is_made_again(world: World):
     assert world.book.report() is None
     world.book.forget_told()  # the host was restored from a copy, or the session is new
     assert world.book.report() == first
+
+
+def test_a_report_in_the_middle_of_an_order_does_not_say_that_the_artifact_was_removed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    """The thread that reports does not wait for the one that takes orders: ten thousand kills found it."""
+    announce, said = world.store.announce, list[dict[str, str]]()
+
+    def slowly(manifest: Manifest) -> object:
+        said.append(world.tell())
+        found = announce(manifest)
+        said.append(world.tell())
+        return found
+
+    monkeypatch.setattr(world.store, "announce", slowly)
+    world.follow(fetch=[world.fetch()])
+    assert said == [{}, {}] and world.tell() == {short(world): "pending"}
+    assert world.puller.started == [content_id(world.manifest)]
+
+
+def test_what_is_ordered_anew_while_a_report_is_under_way_is_not_lost(world: World, monkeypatch: pytest.MonkeyPatch):
+    announce = world.store.announce
+
+    def full(_: Manifest) -> None:
+        raise NoSpace("the store is full", "remove something")
+
+    monkeypatch.setattr(world.store, "announce", full)
+    world.follow(fetch=[world.fetch()])
+    report = world.book.report()
+    assert report is not None and report.holdings[0].state == "error"
+    monkeypatch.setattr(world.store, "announce", announce)
+    world.follow(fetch=[world.fetch()])  # a person made room and pushed again before the report had its answer
+    world.book.told(report)
+    assert world.tell() == {short(world): "pending"}
+    world.puller.arrive(world.manifest)
+    assert world.tell() == {short(world): "in_sync"}
 
 
 def test_a_transfer_that_gave_up_is_begun_again_but_not_at_once(world: World):

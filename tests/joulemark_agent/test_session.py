@@ -183,6 +183,17 @@ def test_waits_grow_and_are_not_the_same_for_all(scene: Scene):
     assert "away" in str(scene.session.note())
 
 
+def test_a_report_that_arrives_ends_the_waiting(scene: Scene):
+    """Else the failures of a whole long run would add up to five minutes of silence, and its lease would end."""
+    scene.session._orders_step()
+    scene.at("accuracy")
+    for _ in range(12):
+        scene.session._failed(Unavailable("away", ""))
+        scene.now += 60.0
+        scene.session._reports_step()
+    assert scene.session._failed(Unavailable("away", "")) <= 2.0
+
+
 def test_a_captive_portal_is_no_host(scene: Scene):
     scene.answers["/api/device/session"] = (200, {"welcome": "log in"})
     with pytest.raises(Unavailable):
