@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -379,6 +379,11 @@ class Summary(Wire):
     metrics: dict[str, Metric]
 
 
+RunEnd = Literal["done", "failed", "cancelled", "interrupted"]
+ENDED: tuple[str, ...] = get_args(RunEnd)
+"""How a run can have ended."""
+
+
 class RunRecord(Wire):
     """The whole truth about one run. A run ends in exactly one record."""
 
@@ -387,7 +392,7 @@ class RunRecord(Wire):
     manifest: Manifest
     pack: PackHeader
     device: DeviceFacts
-    status: Literal["done", "failed", "cancelled", "interrupted"]
+    status: RunEnd
     clock: Clock
     engine: EngineFacts | None = None
     phases: tuple[Phase, ...] = ()
@@ -407,7 +412,7 @@ class RunState(Wire):
     """A run in flight, as the agent reports it."""
 
     run_id: Identifier
-    status: Literal["queued", "running", "done", "failed", "cancelled", "interrupted"]
+    status: Literal["queued", "running"] | RunEnd
     phase: str | None = None
     items_done: int = 0
     items_total: int = 0

@@ -13,12 +13,12 @@ from pydantic import BaseModel, ValidationError
 
 from joulemark import credentials, signing, tls
 from joulemark.credentials import EnrolmentKey
-from joulemark.errors import BadInput, Unavailable, Untrusted
+from joulemark.errors import BadInput, Untrusted
 from joulemark.protocol import EnrolmentAnswer, EnrolmentRequest, HostFacts
 from joulemark.statements import DeviceStatement, EnrolmentStatement
 from joulemark.wire import DeviceFacts
 from joulemark_agent import identity as identities
-from joulemark_agent.host_link import HostLink, bounded, checked_url, error_of
+from joulemark_agent.host_link import HostLink, checked_url, exchange
 from joulemark_agent.identity import Identity
 
 ANSWER_BYTES = 256 * 1024
@@ -85,16 +85,9 @@ def _check(identity: Identity, key: EnrolmentKey, answer: EnrolmentAnswer) -> No
 
 def _asked(model: type[Parsed], client: httpx.Client, method: str, path: str, body: str | None = None) -> Parsed:
     headers = {"Content-Type": "application/json"} if body is not None else {}
-    try:
-        with client.stream(method, path, content=body, headers=headers) as response:
-            answer = bounded(response, ANSWER_BYTES)
-    except httpx.HTTPError as error:
-        raise Unavailable(
-            f"the host {client.base_url} cannot be reached: {str(error) or type(error).__name__}",
-            "check the address and the network, and that `joulemark host` runs",
-        ) from error
-    if not response.is_success:
-        raise error_of(answer, response.status_code)
+    hint = "check the address and the network, and that `joulemark host` runs"
+    whom = f"the host {client.base_url}"
+    answer, _ = exchange(client, method, path, ANSWER_BYTES, whom, hint, content=body, headers=headers)
     try:
         return model.model_validate_json(answer)
     except ValidationError as error:

@@ -11,6 +11,7 @@ import ipaddress
 import ssl
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import httpx
 from pydantic import ValidationError
@@ -68,13 +69,8 @@ class HostLink:
 
     def pack(self, pack_id: Sha256) -> bytes:
         """A task pack's bytes, unchecked. Raises NotFound, Unavailable, BadInput for one that is too large."""
-        try:
-            with self.client() as client, client.stream("GET", f"/api/packs/{pack_id}") as response:
-                answer = bounded(response, MAX_PACK_BYTES + 1)
-        except httpx.HTTPError as error:
-            raise Unavailable(f"the host cannot be reached: {error}", "it is tried again") from error
-        if not response.is_success:
-            raise error_of(answer, response.status_code)
+        with self.client() as client:
+            answer, _ = exchange(client, "GET", f"/api/packs/{pack_id}", MAX_PACK_BYTES + 1)
         if len(answer) > MAX_PACK_BYTES:
             raise BadInput(f"pack {pack_id[:12]}… is larger than {MAX_PACK_BYTES} bytes", "publish a smaller one")
         return answer
@@ -83,6 +79,27 @@ class HostLink:
     def _context(self) -> ssl.SSLContext:
         assert self.authority_pem is not None
         return tls.pinned(self.authority_pem, tls.HOST_NAME)
+
+
+def exchange(
+    client: httpx.Client,
+    method: str,
+    path: str,
+    limit: int,
+    whom: str = "the host",
+    hint: str = "it is tried again",
+    **arguments: Any,
+) -> tuple[bytes, httpx.Response]:
+    """One request: at most `limit` bytes of its answer, and the answer's status and headers. Raises what was refused, Unavailable when
+    nobody answers: then `whom` and `hint` tell people who, and what to do."""
+    try:
+        with client.stream(method, path, **arguments) as response:
+            answer = bounded(response, limit)
+    except httpx.HTTPError as error:
+        raise Unavailable(f"{whom} cannot be reached: {str(error) or type(error).__name__}", hint) from error
+    if not response.is_success:
+        raise error_of(answer, response.status_code)
+    return answer, response
 
 
 def bounded(response: httpx.Response, limit: int) -> bytes:

@@ -16,7 +16,7 @@ from joulemark import signing
 from joulemark.errors import BadInput, Conflict, JoulemarkError, NotFound, Untrusted, to_problem
 from joulemark.protocol import Holding, Orders, Refusal, Report
 from joulemark.statements import Envelope, FetchOrder, PublicKey, RunOrder
-from joulemark.wire import Identifier, Problem, RunSpec, RunState, Sha256, content_id
+from joulemark.wire import ENDED, Identifier, Problem, RunSpec, RunState, Sha256, content_id
 from joulemark_agent.jobs import Jobs
 from joulemark_agent.ledger import Ledger, Stale
 from joulemark_agent.pulling import Puller
@@ -30,7 +30,6 @@ TRY_AGAIN_S = 30.0
 QUEUE_AGAIN_S = 5.0
 """A run that could not be queued (its pack cannot be had now) is tried again not before so long."""
 log = logging.getLogger(__name__)
-ENDED = ("done", "failed", "cancelled", "interrupted")
 
 
 class OrderBook:

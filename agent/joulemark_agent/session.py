@@ -16,13 +16,12 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-import httpx
 from pydantic import BaseModel, ValidationError
 
 from joulemark.errors import JoulemarkError, Unavailable, to_problem
 from joulemark.protocol import Admission, Orders, Report, ReportAnswer, SessionAnswer, SessionRequest
 from joulemark.wire import RunSpec, RunState
-from joulemark_agent.host_link import HostLink, bounded, error_of
+from joulemark_agent.host_link import HostLink, exchange
 from joulemark_agent.orders import OrderBook
 
 WAIT_S = 50.0
@@ -161,17 +160,14 @@ class Session:
         """The answer's bytes; None when there is no news (204)."""
         headers = {"Content-Type": "application/json"} if body is not None else {}
         try:
-            with self._client.stream(method, path, content=body, headers=headers) as response:
-                answer = bounded(response, ANSWER_BYTES)
-        except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: the client was closed, the agent stops
-            raise Unavailable(
-                f"the host cannot be reached: {str(error) or type(error).__name__}", "it is tried again"
-            ) from error
-        if not response.is_success:
-            error = error_of(answer, response.status_code)
-            if not isinstance(error, Unavailable):  # the host answers, and refuses: begin again with a session
-                self._admission = None
-            raise error
+            answer, response = exchange(self._client, method, path, ANSWER_BYTES, content=body, headers=headers)
+        except Unavailable:
+            raise
+        except JoulemarkError:  # the host answers, and refuses: begin again with a session
+            self._admission = None
+            raise
+        except RuntimeError as error:  # the client was closed
+            raise Unavailable("this agent stops", "") from error
         return answer if response.status_code != 204 else None
 
     def _failed(self, error: JoulemarkError | OSError) -> float:

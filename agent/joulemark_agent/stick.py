@@ -21,11 +21,10 @@ from joulemark.errors import BadInput, Conflict, JoulemarkError, NotFound, Unava
 from joulemark.packs import MAX_PACK_BYTES
 from joulemark.protocol import SIGNATURE_HEADER
 from joulemark.statements import Envelope, FetchOrder, RunOrder, from_base64, read_envelope
-from joulemark.wire import FileEntry, RunSpec, RunState
-from joulemark_agent.host_link import bounded, checked_url, error_of
+from joulemark.wire import ENDED, FileEntry, RunSpec, RunState
+from joulemark_agent.host_link import checked_url, exchange
 from joulemark_agent.identity import Identity
 
-ENDED = ("done", "failed", "cancelled", "interrupted")
 LOOK_EVERY_S = 3.0
 ANSWER_BYTES = 256 << 20
 Progress = Callable[[int, int], None]
@@ -61,16 +60,8 @@ class LocalAgent:
 
     def ask(self, method: str, path: str, **arguments: Any) -> tuple[bytes, httpx.Headers]:
         """An answer's bytes and headers. Raises what the agent refuses with, Unavailable when there is none."""
-        try:
-            with self._http.stream(method, path, **arguments) as response:
-                body = bounded(response, ANSWER_BYTES)
-        except httpx.HTTPError as error:
-            raise Unavailable(
-                f"the agent at {self._url} does not answer: {str(error) or type(error).__name__}",
-                "start it (`joulemark agent`), or say its address with --agent",
-            ) from error
-        if not response.is_success:
-            raise error_of(body, response.status_code)
+        hint = "start it (`joulemark agent`), or say its address with --agent"
+        body, response = exchange(self._http, method, path, ANSWER_BYTES, f"the agent {self._url}", hint, **arguments)
         return body, response.headers
 
 

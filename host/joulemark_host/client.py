@@ -22,7 +22,7 @@ from joulemark import errors, tls
 from joulemark.errors import BadInput, JoulemarkError, Unavailable, Untrusted
 from joulemark.protocol import Challenge, Entry
 from joulemark.statements import TicketStatement, write_envelope
-from joulemark.wire import DeviceFacts, Manifest, Problem, RunSpec, RunState, Sha256, Wire, canonical_json
+from joulemark.wire import ENDED, DeviceFacts, Manifest, Problem, RunSpec, RunState, Sha256, Wire, canonical_json
 
 if TYPE_CHECKING:
     from joulemark_host.identity import HostIdentity
@@ -32,7 +32,6 @@ LOG = logging.getLogger(__name__)
 Parsed = TypeVar("Parsed", bound=BaseModel)
 Progress = Callable[[int, int], None]
 Sleep = Callable[[float], None]
-FINAL = ("done", "failed", "cancelled", "interrupted")
 SILENCE_S = 60.0
 """A run is watched on although the agent does not answer for so long: it may be restarting, and runs survive that."""
 
@@ -166,7 +165,7 @@ class AgentClient:
             else:
                 heard = self._clock()
                 on_state(state)
-                if state.status in FINAL:
+                if state.status in ENDED:
                     return state
             self._sleep(poll_s)
 

@@ -16,7 +16,7 @@ from joulemark.errors import BadInput
 from joulemark.metrics import METRICS
 from joulemark.wire import Absent, Measure
 from joulemark_host.conditions import Difference, Reference, reference_of, short
-from joulemark_host.facts import RunFacts
+from joulemark_host.facts import OUTCOMES, RunFacts
 from joulemark_host.grid import Cell, Grid
 
 UNSUPPORTED_CODES = frozenset({"model_rejected", "unsupported", "missing_extra", "does_not_fit"})
@@ -132,7 +132,7 @@ def _entries(labels: Mapping[str, str], distinguish: Callable[[str, str], str]) 
 
 
 def _rank(run: RunFacts) -> tuple[bool, int]:
-    return run.status in ("done", "failed"), run.sequence
+    return run.status in OUTCOMES, run.sequence
 
 
 def _cell(

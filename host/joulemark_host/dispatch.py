@@ -18,14 +18,14 @@ from joulemark.errors import BadInput, Conflict, Forbidden, NotFound
 from joulemark.protocol import Orders, Report, ReportAnswer
 from joulemark.signing import SigningKey
 from joulemark.statements import write_envelope
-from joulemark.wire import Manifest, Problem, RunSpec, content_id
+from joulemark.wire import ENDED, Manifest, Problem, RunSpec, content_id
 from joulemark_host import holdings, rollout, run_queue
 from joulemark_host.database import open_database, transaction
 from joulemark_host.fleet_tables import DEVICES, GROUPS
 from joulemark_host.holdings import Holdings, Target
 from joulemark_host.issuing import ORDER_LIFE_S, Issuer, count_from, device_row
 from joulemark_host.rollout import Plan, Rollout, Rollouts
-from joulemark_host.run_queue import ENDED, QueuedRun, RunQueue
+from joulemark_host.run_queue import QueuedRun, RunQueue
 
 LEASE_S = 900.0
 ADVANCE_EVERY_S = 1.0

@@ -15,6 +15,8 @@ from joulemark.plain_text import printable, printable_problem
 from joulemark.wire import Absent, Measure, Metric, Problem, RunRecord
 
 FACTS_VERSION = 2
+OUTCOMES = ("done", "failed")
+"""A run that ended so says something about its cell."""
 
 
 @dataclass(frozen=True)

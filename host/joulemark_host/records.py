@@ -26,14 +26,12 @@ from sqlalchemy.exc import IntegrityError
 from joulemark.errors import BadInput, Conflict, Forbidden, NotFound, TooLarge
 from joulemark.wire import SCHEMA, Absent, Measure, Metric, Problem, RunRecord, content_id
 from joulemark_host.database import open_database, transaction
-from joulemark_host.facts import FACTS_VERSION, RunFacts, facts_of
+from joulemark_host.facts import FACTS_VERSION, OUTCOMES, RunFacts, facts_of
 from joulemark_host.tables import BODIES, METRICS_TABLE, QUARANTINE, RECORDS
 
 LOG = logging.getLogger(__name__)
 MAX_RECORD_BYTES = 64 * 2**20
 QUARANTINE_PER_RUN = 8
-OUTCOMES = ("done", "failed")
-"""A run that ended so says something about its cell."""
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,13 @@ from joulemark.errors import Conflict, NotFound
 from joulemark.plain_text import printable_problem
 from joulemark.protocol import Refusal
 from joulemark.statements import Envelope, RunOrder, read_envelope
-from joulemark.wire import Problem, RunSpec, RunState
+from joulemark.wire import ENDED, Problem, RunEnd, RunSpec, RunState
 from joulemark_host.fleet_tables import DEVICES, RUNS
 from joulemark_host.issuing import Issuer, raise_revision
 from joulemark_host.tables import RECORDS
 
 OPEN = ("queued", "leased", "cancelling")
-ENDED = ("done", "failed", "cancelled", "interrupted")
-RunStatus = Literal["queued", "leased", "cancelling", "done", "failed", "cancelled", "interrupted"]
+RunStatus = Literal["queued", "leased", "cancelling"] | RunEnd
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from joulemark.wire import Identifier, RunSpec, canonical_json
+from joulemark.wire import ENDED, Identifier, RunSpec, canonical_json
 from joulemark_host.dispatch import Dispatch
 from joulemark_host.evaluation import Subject
-from joulemark_host.run_queue import ENDED, QueuedRun, RunStatus
+from joulemark_host.run_queue import QueuedRun, RunStatus
 
 
 @dataclass(frozen=True)
