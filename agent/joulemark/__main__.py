@@ -30,6 +30,8 @@ _EXPORTER = "joulemark_exporter.cli"
 _HOST = "joulemark_host.cli"
 _FLEET = "joulemark_host.fleet_cli"
 _QUEUE = "joulemark_host.queue_cli"
+_ROLLOUT = "joulemark_host.rollout_cli"
+_STICK = "joulemark_host.stick_cli"
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(_HOST, "host", "the whole path on this machine: a real model to a heatmap"),
@@ -48,13 +50,13 @@ COMMANDS: dict[str, Command] = {
     "devices": Command(_FLEET, "host", "list boards; approve, rename, revoke them"),
     "publish": Command(_HOST, "host", "put a model or task packs on the host's shelf"),
     "push": Command(_HOST, "host", "bring a published artifact to boards"),
-    "rollout": Command(_QUEUE, "host", "bring an artifact to many boards in stages; errors stop it"),
+    "rollout": Command(_ROLLOUT, "host", "bring an artifact to many boards in stages; errors stop it"),
     "artifacts": Command(_QUEUE, "host", "list the artifacts on boards, and how far they are"),
     "run": Command(_HOST, "host", "evaluate an artifact on a board and wait for the record"),
     "sweep": Command(_QUEUE, "host", "evaluate every model on every task on every board"),
     "runs": Command(_QUEUE, "host", "list or cancel the runs that wait or are going on"),
-    "export-bundle": Command(_QUEUE, "host", "write what a board without a network has to do onto a stick"),
-    "import-results": Command(_QUEUE, "host", "take the records that a stick brings back"),
+    "export-bundle": Command(_STICK, "host", "write what a board without a network has to do onto a stick"),
+    "import-results": Command(_STICK, "host", "take the records that a stick brings back"),
     "records": Command(_HOST, "host", "list the records that the host has"),
     "evidence": Command(_FLEET, "host", "a record with all its signatures in one file, for `verify`"),
     "heatmap": Command(_HOST, "host", "draw device × model as HTML and PNG"),

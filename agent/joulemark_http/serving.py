@@ -27,7 +27,7 @@ def make_server(app: Any, connections: int, certificate: Path | None = None, key
     """A server of `app` for at most so many connections; with a `certificate` (whose key is in `key`, or in the same file) over TLS."""
     config = uvicorn.Config(
         app,
-        http=_bounded_protocol(connections // 2),
+        http=BoundedProtocol.of_server(connections // 2),
         ws="none",
         log_level="warning",
         limit_concurrency=connections,
@@ -51,78 +51,80 @@ def serve(app: Any, listener: socket.socket, connections: int, certificate: Path
     server.run(sockets=[listener])
 
 
-def _bounded_protocol(most_idle: int) -> type[H11Protocol]:
-    """uvicorn's protocol with deadlines; `most_idle` connections of one server may ask nothing at the same time."""
-    idle: OrderedDict[BoundedProtocol, asyncio.TimerHandle] = OrderedDict()
+class BoundedProtocol(H11Protocol):
+    """uvicorn's protocol with deadlines, one for each connection; what a server's connections share is on its own subclass."""
 
-    class BoundedProtocol(H11Protocol):
-        _stall: asyncio.TimerHandle | None = None
+    idle: OrderedDict[BoundedProtocol, asyncio.TimerHandle]
+    """The connections that ask nothing, the longest idle first, each with the end of its patience."""
+    most_idle: int
+    _stall: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
+    @classmethod
+    def of_server(cls, most_idle: int) -> type[BoundedProtocol]:
+        """The protocol of one server, of whose connections `most_idle` may ask nothing at the same time."""
+        return type("ServersProtocol", (cls,), {"idle": OrderedDict(), "most_idle": most_idle})
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_request()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            super().data_received(data)
+        except UnicodeDecodeError:  # a target that is not ASCII
+            self.send_400_response("Invalid HTTP request received.")
+        if self._is_answering():
+            self._request_is_here()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.transport.is_closing() and not self._is_answering():
             self._wait_for_request()
 
-        def data_received(self, data: bytes) -> None:
-            try:
-                super().data_received(data)
-            except UnicodeDecodeError:  # a target that is not ASCII
-                self.send_400_response("Invalid HTTP request received.")
-            if self._is_answering():
-                self._request_is_here()
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
 
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            if not self.transport.is_closing() and not self._is_answering():
-                self._wait_for_request()
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._cancel_stall()
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._watch_reader()
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._request_is_here()
+        self._cancel_stall()
+        super().connection_lost(exc)
 
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            self._cancel_stall()
+    def _is_answering(self) -> bool:
+        cycle = cast("RequestResponseCycle | None", self.cycle)  # None before the first request, whatever its type says
+        return cycle is not None and not cycle.response_complete
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._request_is_here()
-            self._cancel_stall()
-            super().connection_lost(exc)
+    def _wait_for_request(self) -> None:
+        self._request_is_here()
+        self.idle[self] = self.loop.call_later(HEADERS_S, self.transport.abort)
+        if len(self.idle) > self.most_idle:
+            oldest, timer = self.idle.popitem(last=False)
+            timer.cancel()
+            oldest.transport.abort()
 
-        def _is_answering(self) -> bool:
-            cycle = cast(
-                "RequestResponseCycle | None", self.cycle
-            )  # None before the first request, whatever its type says
-            return cycle is not None and not cycle.response_complete
+    def _request_is_here(self) -> None:
+        timer = self.idle.pop(self, None)
+        if timer is not None:
+            timer.cancel()
 
-        def _wait_for_request(self) -> None:
-            self._request_is_here()
-            idle[self] = self.loop.call_later(HEADERS_S, self.transport.abort)
-            if len(idle) > most_idle:
-                oldest, timer = idle.popitem(last=False)
-                timer.cancel()
-                oldest.transport.abort()
+    def _watch_reader(self) -> None:
+        """Looks again after a while whether the peer has taken anything of what waits for it."""
+        waiting = self.transport.get_write_buffer_size()
 
-        def _request_is_here(self) -> None:
-            timer = idle.pop(self, None)
-            if timer is not None:
-                timer.cancel()
+        def look() -> None:
+            if self.transport.get_write_buffer_size() < waiting:
+                self._watch_reader()
+            else:
+                self.transport.abort()
 
-        def _watch_reader(self) -> None:
-            """Looks again after a while whether the peer has taken anything of what waits for it."""
-            waiting = self.transport.get_write_buffer_size()
+        self._cancel_stall()
+        self._stall = self.loop.call_later(STALLED_S, look)
 
-            def look() -> None:
-                if self.transport.get_write_buffer_size() < waiting:
-                    self._watch_reader()
-                else:
-                    self.transport.abort()
-
-            self._cancel_stall()
-            self._stall = self.loop.call_later(STALLED_S, look)
-
-        def _cancel_stall(self) -> None:
-            if self._stall is not None:
-                self._stall.cancel()
-                self._stall = None
-
-    return BoundedProtocol
+    def _cancel_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None

@@ -5,17 +5,15 @@ What is asked for is written down first; these commands then only watch, so that
 
 from __future__ import annotations
 
-import getpass
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from joulemark.errors import BadInput, JoulemarkError, NotFound
+from joulemark.errors import JoulemarkError, NotFound
 from joulemark_host.dispatch import Dispatch
 from joulemark_host.evaluation import Subject
 from joulemark_host.holdings import Target
@@ -26,17 +24,12 @@ from joulemark_host.options import (
     JsonOption,
     ShelfOption,
     hand_down,
-    identity_folder,
     open_dispatch,
-    open_records,
-    open_registry,
     open_shelf,
     subject_of,
     terminal,
 )
-from joulemark_host.rollout import Rollout
 from joulemark_host.run_queue import QueuedRun
-from joulemark_host.shelf import Shelf
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 runs_app = typer.Typer(invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -88,81 +81,6 @@ def sweep(
         dispatch.close()
     _show_runs(runs, as_json)
     if wait and any(run.status != "done" for run in sweeps.latest(runs)):
-        raise typer.Exit(1)
-
-
-@app.command()
-def rollout(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="A published model, a GGUF file or an artifact's folder. Without it: how roll-outs stand."),
-    ] = None,
-    stage: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Boards or groups, separated by commas, or `all`: one option for each stage, in their order."
-        ),
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="The roll-out's name; default: the model's.")] = None,
-    success: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Share of a stage's boards that must have it before the next one begins."),
-    ] = 1.0,
-    errors: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of a stage's boards that may go wrong before everything stops.")
-    ] = 0.0,
-    hours: Annotated[
-        float, typer.Option(min=0.001, max=720, help="A board that is not there by then has gone wrong.")
-    ] = 24.0,
-    check: Annotated[
-        str | None, typer.Option(help="A task that every board has to make with it before it counts.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first documents of the check.")] = None,
-    backend: Annotated[str | None, typer.Option(help="Engine of the check; default: the board's first.")] = None,
-    downgrade: Annotated[
-        bool, typer.Option("--downgrade", help="Also where a board had a newer one of this name.")
-    ] = False,
-    stop: Annotated[bool, typer.Option("--stop", help="Stop the roll-out of this name instead.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Take the stopped one of this name up again instead.")
-    ] = False,
-    wait: Annotated[bool, typer.Option(help="Watch until it has ended.")] = True,
-    data: DataOption = DEFAULT_DATA,
-    shelf_at: ShelfOption = None,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Bring a model to many boards in stages; too many errors stop it by themselves. Ctrl-C ends the watching only.
-
-    Example: joulemark rollout small-q4 --stage canary --stage lab,attic --stage all --check arc_challenge --limit 20
-    """
-    from joulemark_host.terminal import rollouts_table
-
-    console, dispatch = terminal(as_json), open_dispatch(data, database)
-    try:
-        if model is not None and not (stop or resume):
-            name = _begin_rollout(
-                dispatch, open_shelf(data, shelf_at), console, model, stage or ["all"], name, check,
-                {"limit": limit, "backend": backend},
-                {"success": success, "errors": errors, "timeout_s": hours * 3600, "downgrade": downgrade},
-            )  # fmt: skip
-        elif stop or resume:
-            if name is None:
-                raise BadInput("which roll-out?", "say --name; `joulemark rollout` lists them")
-            dispatch.stop_rollout(name, getpass.getuser()) if stop else dispatch.resume_rollout(name)
-        watched = wait and name is not None and not stop
-        found = (
-            _watch(console, lambda: dispatch.rollouts(name), rollouts_table, _settled)
-            if watched
-            else dispatch.rollouts(name)
-        )
-    finally:
-        dispatch.close()
-    if as_json:
-        sys.stdout.write(json.dumps([rollout.plain() for rollout in found], indent=2) + "\n")
-    else:
-        terminal().print(rollouts_table(found) if found else "no roll-outs yet", markup=False)
-    if watched and any(rollout.status == "stopped" for rollout in found):
         raise typer.Exit(1)
 
 
@@ -282,10 +200,10 @@ def watch_runs(console: Any, look: Callable[[], list[QueuedRun]]) -> list[Queued
     from joulemark_host.sweep import over
     from joulemark_host.terminal import queue_table
 
-    return _watch(console, look, queue_table, over)
+    return watch(console, look, queue_table, over)
 
 
-def _watch(
+def watch(
     console: Any, look: Callable[[], list[Any]], table: Callable[[list[Any]], Any], over: Callable[[list[Any]], bool]
 ) -> list[Any]:
     """Shows what there is until it is over."""
@@ -298,43 +216,6 @@ def _watch(
             found = _patiently(look, found)
             live.update(table(found))
     return found
-
-
-def _settled(rollouts: Sequence[Rollout]) -> bool:
-    return all(rollout.status != "running" for rollout in rollouts)
-
-
-def _begin_rollout(
-    dispatch: Dispatch,
-    shelf: Shelf,
-    console: Any,
-    model: str,
-    stages: Sequence[str],
-    name: str | None,
-    check: str | None,
-    run: dict[str, Any],
-    options: dict[str, Any],
-) -> str:
-    """Begins a roll-out; its name. A board is in the first stage that names it. `run` are fields of RunSpec, `options` of Plan."""
-    from joulemark.wire import RunSpec
-    from joulemark_host.rollout import Plan, Stage
-
-    subject = subject_of(shelf, model, check or "", console)
-    found: list[Stage] = []
-    given: set[str] = set()
-    for words in stages:
-        ids = tuple(device_id for device_id in dispatch.devices(words) if device_id not in given)
-        given.update(ids)
-        if ids:
-            found.append(Stage(words=words, device_ids=ids))
-    name = name or subject.manifest.name
-    spec = None
-    if check is not None:
-        spec = RunSpec(run_id=name, artifact_id=subject.artifact_id, pack_id=subject.packs[check], **run)
-    dispatch.roll_out(
-        Plan(name=name, manifest=subject.manifest, stages=tuple(found), check=spec, task=check or "", **options)
-    )
-    return name
 
 
 def _watch_targets(console: Any, look: Callable[[], list[Target]]) -> list[Target]:
@@ -369,80 +250,3 @@ def _show_runs(runs: Sequence[QueuedRun], as_json: bool) -> None:
     terminal().print(
         queue_table(runs) if runs else "no runs: `joulemark run` or `joulemark sweep` queues some", markup=False
     )
-
-
-@app.command(name="export-bundle")
-def export_bundle(
-    to: Annotated[str, typer.Option("--to", help="The board's name or id.")],
-    out: Annotated[Path, typer.Option(help="A folder on the stick.")],
-    with_models: Annotated[
-        bool,
-        typer.Option("--with-models", help="Also models that the board is known to have: after its card was changed."),
-    ] = False,
-    data: DataOption = DEFAULT_DATA,
-    shelf_at: ShelfOption = None,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write everything that a board without a network has to do onto a stick: its queue, with the models and tasks for it.
-
-    Example: joulemark sweep a.gguf --to farm --no-wait; joulemark export-bundle --to farm --out /media/stick; on the board:
-    joulemark run-bundle /media/stick
-    """
-    from joulemark_host import bundling, identity
-    from joulemark_host.terminal import bar
-
-    registry, dispatch, console = open_registry(data, database), open_dispatch(data, database), terminal(as_json)
-    try:
-        device = registry.device(next(iter(dispatch.devices(to))))
-        who, shelf = identity.read(identity_folder(data)), open_shelf(data, shelf_at)
-        with bar(console, f"models to {out}") as progress:
-            written = bundling.export(out.expanduser(), device, who, dispatch, shelf, with_models, progress)
-    finally:
-        registry.close()
-        dispatch.close()
-    if as_json:
-        sys.stdout.write(json.dumps(vars(written)) + "\n")
-        return
-    console.print(
-        f"✓ {written.runs} runs and {written.artifacts} models for {device.name} in {out}\n"
-        "next: joulemark run-bundle on the board, then joulemark import-results here",
-        markup=False,
-        highlight=False,
-    )
-
-
-@app.command(name="import-results")
-def import_results(
-    stick: Annotated[Path, typer.Argument(help="The folder on the stick that a board put its records on.")],
-    data: DataOption = DEFAULT_DATA,
-    database: DatabaseOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Take the records that a stick brings back. They are believed as if they had come over the network: signed by their board.
-
-    Example: joulemark import-results /media/stick
-    """
-    from joulemark_host import bundling
-
-    registry, dispatch = open_registry(data, database), open_dispatch(data, database)
-    records, console = open_records(data, database), terminal(as_json)
-    try:
-        found = list(bundling.import_results(stick.expanduser(), records, registry, dispatch))
-    finally:
-        records.close()
-        registry.close()
-        dispatch.close()
-    if not found:
-        raise NotFound(f"there are no records in {stick}", "`joulemark run-bundle` on the board puts them there")
-    new, refused = sum(result.created for result in found), [result for result in found if result.problem is not None]
-    if as_json:
-        problems = {result.number: str(result.problem) for result in refused}
-        sys.stdout.write(json.dumps({"new": new, "known": len(found) - new - len(refused), "refused": problems}) + "\n")
-    else:
-        known = len(found) - new - len(refused)
-        console.print(f"✓ {new} new record{'s' if new != 1 else ''}, {known} here already", markup=False)
-        for result in refused:
-            console.print(f"✗ result {result.number}: {result.problem}", markup=False, highlight=False)
-    if refused:
-        raise typer.Exit(1)
