@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,3 +60,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if unexpected:
         reporter.write_line("skipped without an expected reason: " + "; ".join(sorted(set(unexpected))), red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def namespace() -> tuple[str, ...]:
+    """How to get a mount namespace of one's own here: as anybody with a user namespace, else as root without one."""
+    for flags in ("-rm", "-m"):
+        if subprocess.run(["unshare", flags, "true"], capture_output=True, check=False).returncode == 0:
+            return ("unshare", flags)
+    pytest.skip("this kernel lets nobody mount in a namespace of its own: sysctl kernel.unprivileged_userns_clone=1")

@@ -6,29 +6,48 @@ Owns that order, as ext4 and f2fs need it, and nothing else; it is not aware of 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
+import glob
 import os
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 _SYNC_FILE_RANGE_WRITE = 2
+_LOCKED_AFTER_S = 10.0
+"""A temporary file that is younger may belong to a writer that has not locked it yet."""
 
 
 def replace_file(path: Path, pieces: Iterable[bytes], mode: int = 0o644) -> None:
     """Writes `pieces` under a temporary name beside `path` and renames it; makes the folder. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks: then what a kill leaves stays
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(mode)  # mkstemp's 0600 would hide it from other users of a shared cache
+        with contextlib.suppress(PermissionError):  # a stick's file system keeps no modes
+            Path(temporary).chmod(mode)  # mkstemp's 0600 would hide it from other users of a shared cache
         Path(temporary).replace(path)
     finally:
         Path(temporary).unlink(missing_ok=True)
     synchronise_folder(path.parent)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes what killed writers of this file have left: gigabytes, under a name that nobody sees. A living writer holds its lock."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            if time.time() - os.fstat(file.fileno()).st_mtime > _LOCKED_AFTER_S:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
 
 
 def begin_to_store(descriptor: int) -> None:

@@ -105,7 +105,8 @@ async def _counted(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
             received += len(chunk)
             if received > max_bytes:
                 raise _too_large(max_bytes)
-            yield chunk
+            if chunk:  # a body ends with an empty piece, which is nothing to write down
+                yield chunk
     except ClientDisconnect as error:
         raise Unavailable("the sender went away in the middle of the body", "send it again") from error
 

@@ -120,6 +120,9 @@ def test_an_interrupted_upload_goes_on(agent: AgentProcess, tmp_path: Path) -> N
     assert wrong.status_code == 409
     done = agent.client.put(f"/api/files/{digest}", params={"offset": half}, content=data[half:])
     assert done.json()["complete"] is True
+    # The answer was lost with the connection: whoever sends the rest again, which is nothing, hears that all is there.
+    nothing = agent.client.put(f"/api/files/{digest}", params={"offset": len(data)}, content=iter(()))
+    assert nothing.is_success and nothing.json() == done.json()
     state = agent.client.get(f"/api/artifacts/{answer['artifact_id']}").json()
     assert state["complete"] is True
 

@@ -168,6 +168,20 @@ def test_a_damaged_record_does_not_stop_the_others(gap: AirGap):
     assert {run.run_id for run in gap.host.dispatch.runs(open_only=True)} == {"one", "two"}
 
 
+def test_a_stick_that_is_full_is_said_so_and_what_was_there_stays(gap: AirGap, namespace: tuple[str, ...]):
+    """Two pages of memory are the stick: the label of an earlier export fits, the model does not."""
+    queue_fake(gap, "one")
+    small = 'mount -t tmpfs -o size=8k none "$0" && echo mine > "$0/notes.txt" && "$@"; code=$?; find "$0" -type f; exit $code'
+    export = ("export-bundle", "--to", "farm", "--out", str(gap.stick), "--data", str(gap.host.data))
+    inside = [*namespace, "sh", "-c", small, str(gap.stick), sys.executable, "-m", "joulemark", *export]
+    done = subprocess.run(inside, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1 and "the disk is full" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout.split() == [
+        str(gap.stick / "notes.txt")
+    ]  # neither half a model nor a label that says that all is there
+    assert gap.at_host("export-bundle", "--to", "farm", "--out", str(gap.stick)).returncode == 0  # a larger one
+
+
 def test_a_stick_that_is_pulled_out_is_taken_up_where_it_was(gap: AirGap):
     queue_fake(gap, "one")
     assert gap.at_host("export-bundle", "--to", "farm", "--out", str(gap.stick)).returncode == 0

@@ -20,15 +20,6 @@ SIZE = 20
 MOUNT = 'mount -t tmpfs -o size=300m none "$0" && exec "$@"'
 
 
-@pytest.fixture(scope="module")
-def namespace() -> tuple[str, ...]:
-    """How to get a mount namespace of one's own here: as anybody with a user namespace, else as root without one."""
-    for flags in ("-rm", "-m"):
-        if subprocess.run(["unshare", flags, "true"], capture_output=True, check=False).returncode == 0:
-            return ("unshare", flags)
-    pytest.skip("this kernel lets nobody mount in a namespace of its own: sysctl kernel.unprivileged_userns_clone=1")
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
     """An empty folder where the agent will find its own small disk."""
