@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 _SYNC_FILE_RANGE_WRITE = 2
 _LOCKED_AFTER_S = 10.0
@@ -33,9 +34,9 @@ def replace_file(path: Path, pieces: Iterable[bytes], mode: int = 0o644) -> None
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
-        with contextlib.suppress(PermissionError):  # a stick's file system keeps no modes
-            Path(temporary).chmod(mode)  # mkstemp's 0600 would hide it from other users of a shared cache
-        Path(temporary).replace(path)
+            with contextlib.suppress(PermissionError):  # a stick's file system keeps no modes
+                Path(temporary).chmod(mode)  # mkstemp's 0600 would hide it from other users of a shared cache
+            Path(temporary).replace(path)  # before the lock goes with the open file
     finally:
         Path(temporary).unlink(missing_ok=True)
     synchronise_folder(path.parent)
@@ -44,10 +45,15 @@ def replace_file(path: Path, pieces: Iterable[bytes], mode: int = 0o644) -> None
 def _remove_leftovers(path: Path) -> None:
     """Removes what killed writers of this file have left: gigabytes, under a name that nobody sees. A living writer holds its lock."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.????????"):
-        with contextlib.suppress(OSError), left.open("rb") as file:
+        with contextlib.suppress(OSError), _opened(left) as file:
             if time.time() - os.fstat(file.fileno()).st_mtime > _LOCKED_AFTER_S:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 left.unlink()
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A file of a stick, which may as well be a pipe that never answers, or a link to something else."""
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
 
 
 def begin_to_store(descriptor: int) -> None:

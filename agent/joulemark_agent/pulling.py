@@ -100,10 +100,10 @@ class Puller:
                 artifact_id = self._wanted[0]
             try:
                 self._pull(artifact_id)
-            except (
-                Exception
-            ) as error:  # whatever it is: the thread goes on with what others wait for, and the host is told
-                log.warning("pull of %s failed: %s", artifact_id[:12], error, exc_info=not _is_expected(error))
+            # Whatever it is: the thread goes on with what others wait for, and the host is told.
+            except Exception as error:
+                foreseen = isinstance(error, (JoulemarkError, OSError))
+                log.warning("pull of %s failed: %s", artifact_id[:12], error, exc_info=not foreseen)
                 with self._lock:
                     self._problems[artifact_id] = to_problem(error)
             with self._lock:
@@ -166,10 +166,6 @@ class Puller:
             raise Unavailable("the agent is stopping", "the transfer resumes at the next start")
         if artifact_id in self._cancelled:
             raise Unavailable("the transfer was cancelled", "push the artifact again to go on")
-
-
-def _is_expected(error: Exception) -> bool:
-    return isinstance(error, (JoulemarkError, OSError))
 
 
 def _check(answer: http.client.HTTPResponse, sha256: str, offset: int) -> None:

@@ -167,7 +167,7 @@ class Session:
             self._admission = None
             raise
         except RuntimeError as error:  # the client was closed
-            raise Unavailable("this agent stops", "") from error
+            raise Unavailable("this agent stops", "the host hears from it again when it starts") from error
         return answer if response.status_code != 204 else None
 
     def _failed(self, error: JoulemarkError | OSError) -> float:

@@ -23,6 +23,7 @@ from joulemark_host.options import (
     DataOption,
     JsonOption,
     ShelfOption,
+    commands,
     host_identity,
     open_records,
     open_shelf,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from joulemark_host.evaluation import Subject
     from joulemark_host.records import Records
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = commands("The workstation's side: publish models, send them to boards, collect records, draw device × model.")
 
 ToOption = Annotated[
     str,
@@ -44,11 +45,6 @@ ToOption = Annotated[
     ),
 ]
 DEFAULT_AGENT = "http://127.0.0.1:8090"
-
-
-@app.callback()
-def joulemark() -> None:
-    """The workstation's side: publish models, send them to boards, collect records, draw device × model."""
 
 
 @app.command()

@@ -22,6 +22,7 @@ from joulemark_host.options import (
     DataOption,
     JsonOption,
     ShelfOption,
+    commands,
     database_url,
     hand_down,
     host_identity,
@@ -35,16 +36,11 @@ from joulemark_host.options import (
 
 CLOCK_OFF_S = 60.0
 """By so much a board's clock may be off without a word."""
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = commands("The workstation's side: its boards and the people who use it.")
 host_app = typer.Typer(invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 devices_app = typer.Typer(invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(host_app, name="host")
 app.add_typer(devices_app, name="devices")
-
-
-@app.callback()
-def joulemark() -> None:
-    """The workstation's side: its boards and the people who use it."""
 
 
 @host_app.callback()

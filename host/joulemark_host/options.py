@@ -38,6 +38,16 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 DEFAULT_DATA = Path("~/.local/share/joulemark/host")
 
 
+def commands(about: str) -> typer.Typer:
+    """The commands of one file; `about` is what `--help` says of them together."""
+    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+    def joulemark() -> None: ...
+
+    app.callback(help=about)(joulemark)  # with a callback a file of one command still has that command's name
+    return app
+
+
 def identity_folder(data: Path) -> Path:
     """Where the host's keys are."""
     return data.expanduser() / "identity"

@@ -23,6 +23,7 @@ from joulemark_host.options import (
     DataOption,
     JsonOption,
     ShelfOption,
+    commands,
     hand_down,
     open_dispatch,
     open_shelf,
@@ -31,15 +32,10 @@ from joulemark_host.options import (
 )
 from joulemark_host.run_queue import QueuedRun
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = commands("The workstation's side: what boards are to do.")
 runs_app = typer.Typer(invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(runs_app, name="runs")
 LOOK_EVERY_S = 0.5
-
-
-@app.callback()
-def joulemark() -> None:
-    """The workstation's side: what boards are to do."""
 
 
 @app.command()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -31,10 +30,9 @@ from joulemark_host import credential_book
 from joulemark_host.credential_book import Person, Role, SpentKey, refused
 from joulemark_host.database import open_database, transaction
 from joulemark_host.fleet_tables import DEVICES, EVENTS, SESSIONS
+from joulemark_host.sightings import Sightings
 
 KEY_LIFE_S = 24 * 3600.0
-SEEN_EVERY_S = 5.0
-"""`seen_at` is written at most this often, for all boards together: a thousand of them poll."""
 MAX_NAME = 60
 
 
@@ -64,14 +62,12 @@ class Registry:
         self._engine = open_database(url)
         self._fingerprint = fingerprint
         self._clock = clock
-        self._seen_lock = threading.Lock()
-        self._unwritten: dict[str, tuple[float, str]] = {}
-        self._written_at = 0.0
+        self._sightings = Sightings(self._engine, clock)
 
     def close(self) -> None:
         """Writes down when boards were seen, and gives the connections back."""
         with contextlib.suppress(JoulemarkError):  # a database that is away now: nothing but the last seconds is lost
-            self._write_seen()
+            self._sightings.write()
         self._engine.dispose()
 
     def now(self) -> float:
@@ -181,7 +177,7 @@ class Registry:
                 f"on the host: joulemark devices approve {device['name']}",
                 "pending_approval",
             )
-        self._seen(device_id, address)
+        self._sightings.note(device_id, address)
 
     def public_key(self, device_id: str) -> PublicKey:
         """The key with which a board signs. Raises NotFound."""
@@ -334,26 +330,6 @@ class Registry:
         self._set(connection, device, admission="cloned", problem=refusal.message)
         self._note(connection, device["device_id"], "cloned", device["device_id"], refusal.message)
         return refusal
-
-    def _seen(self, device_id: str, address: str) -> None:
-        """Notes when boards were seen: those of the last seconds together, in one transaction, whoever comes first."""
-        with self._seen_lock:
-            self._unwritten[device_id] = (self._clock(), address)
-            due = self._clock() - self._written_at >= SEEN_EVERY_S
-            if due:
-                self._written_at = self._clock()
-        if due:
-            self._write_seen()
-
-    def _write_seen(self) -> None:
-        with self._seen_lock:
-            seen, self._unwritten = self._unwritten, {}
-        if not seen:
-            return
-        with self._change() as connection:
-            for key, (at, where) in seen.items():
-                mine = DEVICES.c.device_id == key
-                connection.execute(sa.update(DEVICES).where(mine).values(seen_at=at, address=where))
 
     def _set(self, connection: Connection, device: RowMapping, **values: Any) -> None:
         connection.execute(sa.update(DEVICES).where(DEVICES.c.device_id == device["device_id"]).values(**values))

@@ -21,6 +21,7 @@ from joulemark_host.options import (
     DataOption,
     JsonOption,
     ShelfOption,
+    commands,
     open_dispatch,
     open_shelf,
     subject_of,
@@ -30,12 +31,7 @@ from joulemark_host.queue_cli import watch
 from joulemark_host.rollout import Rollout
 from joulemark_host.shelf import Shelf
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-@app.callback()
-def joulemark() -> None:
-    """The workstation's side: roll-outs."""
+app = commands("The workstation's side: roll-outs.")
 
 
 @app.command()

@@ -16,6 +16,7 @@ from joulemark_host.options import (
     DataOption,
     JsonOption,
     ShelfOption,
+    commands,
     identity_folder,
     open_dispatch,
     open_records,
@@ -24,12 +25,7 @@ from joulemark_host.options import (
     terminal,
 )
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-@app.callback()
-def joulemark() -> None:
-    """The workstation's side: sticks."""
+app = commands("The workstation's side: sticks.")
 
 
 @app.command(name="export-bundle")

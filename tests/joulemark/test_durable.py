@@ -57,6 +57,17 @@ def test_a_living_writer_keeps_what_it_writes(tmp_path: Path, writer: subprocess
     assert len(names(tmp_path)) == 2 and writer.poll() is None
 
 
+def test_a_leftover_that_is_a_pipe_or_a_link_stops_nobody(tmp_path: Path):
+    os.mkfifo(tmp_path / ".model.abcdefgh")
+    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / ".model.ijklmnop").symlink_to(tmp_path / "mine")
+    long_ago = time.time() - 3600
+    for left in (".model.abcdefgh", "mine"):
+        os.utime(tmp_path / left, (long_ago, long_ago))
+    replace_file(tmp_path / "model", [b"whole"])
+    assert (tmp_path / "model").read_bytes() == b"whole" and (tmp_path / "mine").read_bytes() == b"mine"
+
+
 def test_what_cannot_be_written_leaves_the_old_file_and_nothing_else(tmp_path: Path):
     replace_file(tmp_path / "model", [b"old"])
 

@@ -23,7 +23,8 @@ from joulemark.errors import (
 )
 from joulemark.signing import SigningKey
 from joulemark.wire import SCHEMA
-from joulemark_host.registry import KEY_LIFE_S, SEEN_EVERY_S, Caller, Registry
+from joulemark_host.registry import KEY_LIFE_S, Caller, Registry
+from joulemark_host.sightings import SEEN_EVERY_S
 from tests.fixtures.boards_at_host import Board
 from tests.fixtures.clocks import Clock
 
@@ -168,8 +169,8 @@ def test_when_boards_were_seen_is_written_for_all_of_them_together(
     for board in boards:
         take_part(registry, board)
     writes: list[int] = []
-    real = registry._write_seen
-    monkeypatch.setattr(registry, "_write_seen", lambda: (writes.append(1), real()))
+    real = registry._sightings.write
+    monkeypatch.setattr(registry._sightings, "write", lambda: (writes.append(1), real()))
     clock.now += SEEN_EVERY_S
     for step in range(3):
         for board in boards:
