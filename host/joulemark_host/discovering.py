@@ -51,7 +51,7 @@ def discover(
     """What answers within so many seconds, by name. `names` are the names of this host's boards by id; `interfaces` are addresses of this
     machine (default: all). Raises MissingExtra."""
     try:
-        from zeroconf import InterfaceChoice, ServiceBrowser, ServiceStateChange, Zeroconf
+        from zeroconf import DNSQuestionType, InterfaceChoice, ServiceBrowser, ServiceStateChange, Zeroconf
     except ModuleNotFoundError as error:
         raise MissingExtra("finding boards needs zeroconf", "pip install zeroconf") from error
     seen: set[str] = set()
@@ -67,7 +67,8 @@ def discover(
 
     asked = Zeroconf(interfaces=list(interfaces) if interfaces else InterfaceChoice.All)
     try:
-        ServiceBrowser(asked, SERVICE, handlers=[changed])
+        # An answer for this socket alone would reach any of those here that share its port (an agent's, avahi's): it is to go to all.
+        ServiceBrowser(asked, SERVICE, handlers=[changed], question_type=DNSQuestionType.QM)
         time.sleep(seconds)
         with lock:
             labels = sorted(seen)
@@ -79,7 +80,9 @@ def discover(
 
 
 def _look(asked: Any, name: str, identity: HostIdentity | None, names: dict[str, str]) -> Found | None:
-    info = asked.get_service_info(SERVICE, name, timeout=1500)
+    from zeroconf import DNSQuestionType
+
+    info = asked.get_service_info(SERVICE, name, timeout=1500, question_type=DNSQuestionType.QM)
     if info is None or not info.port:
         return None
     addresses = info.parsed_addresses()
