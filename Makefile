@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 # Tests that mostly wait for processes run three at a time; those that compute or look at the clock one after the other.
 WAITING := tests/browser tests/deploy tests/e2e tests/faults tests/joulemark_host
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n 3 --dist loadgroup $(WAITING)
+	$(BIN)/python -m pytest -q -n 3 $(WAITING)
 	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(WAITING))
 
 bench: $(VENV)/.installed-test

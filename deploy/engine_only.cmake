@@ -11,3 +11,6 @@ set(LLAVA_BUILD OFF)
 set(CMAKE_INSTALL_LIBDIR llama_cpp/lib)
 set(CMAKE_INSTALL_BINDIR llama_cpp/lib)
 set(CMAKE_INSTALL_INCLUDEDIR llama_cpp/include)
+# ggml's kernels for Intel's AMX end in segmentation faults (ggml-org/llama.cpp issue 20824, open): seen on a Xeon with AMX, where a tiny
+# Q4_1 model crashed at its first token. Without the macro they are not compiled, and AVX-512 does the work; no other processor has it.
+add_compile_options(-U__AMX_INT8__)

@@ -106,7 +106,7 @@ def _read(file: BinaryIO, name: str) -> Iterator[Sample]:
 def _parse_bytes(data: bytes, where: str) -> Sample:
     try:
         return parse(json.loads(data))
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"[:200]
         raise BadInput(f"{where} is not a sample of lm-eval ({reason})", "write it with --log_samples") from error
 

@@ -57,7 +57,7 @@ class Plan:
 def parse_size(text: str) -> int | None:
     """Bytes of a cache size as sysfs writes it (`32768K`), None when it is no size."""
     number, unit = (text[:-1], text[-1:].upper()) if text[-1:].upper() in _UNITS else (text, "")
-    return int(number) * _UNITS.get(unit, 1) if number.isdecimal() else None
+    return int(number) * _UNITS.get(unit, 1) if number.isdecimal() and len(number) < 20 else None
 
 
 def last_level_cache_bytes(roots: Roots, cpus: tuple[int, ...]) -> int | None:

@@ -97,13 +97,17 @@ def usable_cpus(roots: Roots) -> tuple[int, ...]:
 
 
 def parse_cpu_list(text: str) -> tuple[int, ...]:
-    """The numbers in a kernel list such as `0-3,8`; parts that are no numbers are left out."""
+    """The numbers in a kernel list such as `0-3,8`; parts that are no numbers of processors are left out."""
     found: set[int] = set()
     for part in text.strip().split(","):
         first, _, last = part.strip().partition("-")
-        if first.isdecimal() and (last or first).isdecimal():
+        if _is_cpu(first) and _is_cpu(last or first):
             found.update(range(int(first), int(last or first) + 1))
     return tuple(sorted(found))
+
+
+def _is_cpu(text: str) -> bool:
+    return text.isdecimal() and len(text) <= 5  # Linux knows 8192 at most
 
 
 def usable_cores(roots: Roots) -> int:

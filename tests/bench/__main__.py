@@ -260,6 +260,12 @@ def measure_engines(bench: Bench) -> Iterator[Figure]:
     yield from ()
 
 
+def measure_postgresql(measure: Callable[..., Iterator[Figure]]) -> Iterator[Figure]:
+    """The same on a PostgreSQL server of its own."""
+    with load.postgresql() as url:
+        yield from measure(say, database=url)
+
+
 PARTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "agent": measure_agent,
     "scorer": measure_scorer,
@@ -271,6 +277,8 @@ PARTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "push": lambda _: transfers.measure_push(say),
     "grid": lambda _: load.measure_grid(say),
     "fleet": lambda _: load.measure_fleet(say),
+    "grid-postgresql": lambda _: measure_postgresql(load.measure_grid),
+    "fleet-postgresql": lambda _: measure_postgresql(load.measure_fleet),
     "kills": lambda _: kills.measure_kills(say),
     "large": lambda _: exports.measure_large(say),
     "gptq": lambda _: exports.measure_gptq(say),
@@ -278,7 +286,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
 }
 
 
-ON_DEMAND = ("grid", "fleet", "kills")
+ON_DEMAND = ("grid", "fleet", "grid-postgresql", "fleet-postgresql", "kills")
 """Parts that measure the host or take hours: only with `--only`."""
 
 

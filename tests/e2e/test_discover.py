@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import socket
 import ssl
@@ -28,7 +29,14 @@ from tests.fixtures.fleet import make_subject
 from tests.fixtures.host_process import HostProcess, wait_until
 
 HERE = ["127.0.0.1"]
-pytestmark = pytest.mark.xdist_group("multicast")  # they would hear each other
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One of these tests at a time: they would hear each other. (pytest-xdist's groups have no effect with pytest 9.2.)"""
+    with (tmp_path_factory.getbasetemp().parent / "multicast.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

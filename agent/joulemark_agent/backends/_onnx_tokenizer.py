@@ -35,7 +35,7 @@ class OnnxTokenizer:
         except Exception as error:  # the library raises bare Exceptions
             raise EngineFailed(f"{folder / TOKENIZER} cannot be used: {error}"[:600], _AGAIN) from error
         self._ends = frozenset(ends)
-        self._settings: dict[str, Any] = _json(folder / SETTINGS)
+        self._settings: dict[str, Any] = read_json(folder / SETTINGS)
         added: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
         self._added = {token: b"" if item.special else item.content.encode() for token, item in added.items()}
         self._alphabet = byte_alphabet() if _byte_level(_parsed(text, folder / TOKENIZER).get("decoder")) else None
@@ -106,5 +106,6 @@ def _parsed(text: str, path: Path) -> dict[str, Any]:
     return found
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of bounded size. Raises EngineFailed."""
     return _parsed(_read(path), path)

@@ -29,6 +29,10 @@ _INTERVAL_S = 0.5
 _PRESSURES = ("cpu", "memory", "io")
 
 
+_MOST_DIGITS = 20
+"""The kernel counts in 64 bits."""
+
+
 @dataclass(frozen=True)
 class Ticks:
     """Clock ticks of the whole machine since boot: doing work, taken by the hypervisor, and all together."""
@@ -41,7 +45,7 @@ class Ticks:
 def parse_stat(content: bytes) -> Ticks | None:
     """/proc/stat, line 1: user nice system idle iowait irq softirq steal; guest time is inside user and nice."""
     words = content[: content.find(b"\n")].split()
-    if len(words) < 5 or words[0] != b"cpu" or not all(word.isdigit() for word in words[1:]):
+    if len(words) < 5 or words[0] != b"cpu" or not all(map(_is_count, words[1:])):
         return None
     counts = [int(word) for word in words[1:9]] + [0] * (9 - len(words))
     user, nice, system, idle, iowait, irq, softirq, steal = counts
@@ -52,7 +56,7 @@ def parse_stat(content: bytes) -> Ticks | None:
 def parse_process_ticks(content: bytes) -> int | None:
     """utime + stime of /proc/PID/stat; the command's name before them may hold spaces and brackets."""
     words = content[content.rfind(b")") + 1 :].split()
-    if len(words) < 13 or not (words[11].isdigit() and words[12].isdigit()):
+    if len(words) < 13 or not (_is_count(words[11]) and _is_count(words[12])):
         return None
     return int(words[11]) + int(words[12])
 
@@ -61,7 +65,11 @@ def parse_pressure_us(content: bytes) -> int | None:
     """Microseconds in which some task waited, of a /proc/pressure file."""
     line = content[: content.find(b"\n")] if b"\n" in content else content
     value = line.rpartition(b"total=")[2]
-    return int(value) if line.startswith(b"some") and value.isdigit() else None
+    return int(value) if line.startswith(b"some") and _is_count(value) else None
+
+
+def _is_count(word: bytes) -> bool:
+    return word.isdigit() and len(word) <= _MOST_DIGITS
 
 
 class CpuShares:
