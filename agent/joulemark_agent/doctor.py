@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,10 @@ print(json.dumps({"version": onnxruntime.__version__, "build": onnxruntime.get_b
         "pip install 'joulemark[onnx]'",
     ),
 }
+
+
+_CRASHING = re.compile(r"\bAMX_INT8 = 1\b")
+"""In an engine's own words about its build."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +224,9 @@ def _engine(area: str, engine: _Engine, run_child: Callable[[str], str]) -> Find
         )
     except (OSError, ValueError, LookupError, TypeError) as error:
         return Finding(area, "unknown", f"it could not be examined: {type(error).__name__}: {error}")
+    if _CRASHING.search(text):
+        fix = "build it without them: `make install` in a checkout, or pip with CXXFLAGS=-U__AMX_INT8__"
+        return Finding(area, "problem", f"{text}: its AMX kernels crash with some models (llama.cpp #20824)", fix)
     return Finding(area, "ok", text)
 
 

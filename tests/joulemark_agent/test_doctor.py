@@ -47,6 +47,16 @@ def ask(
     return {finding.area: finding for finding in findings}
 
 
+def test_an_engine_whose_kernels_crash_is_a_problem_and_says_how_to_build_it(tmp_path: Path) -> None:
+    built = '{"version": "0.3.36", "build": "CPU : AVX512 = 1 | AMX_INT8 = 1 | "}'
+    found = ask(plant(tmp_path, BARE, "x86_64"), tmp_path, run_child=lambda _: built)["engine llama.cpp"]
+    assert found.status == "problem" and "AMX" in found.text and "-U__AMX_INT8__" in found.fix
+    other = ask(
+        plant(tmp_path / "other", BARE, "x86_64"), tmp_path, run_child=lambda _: built.replace("INT8 = 1", "INT8 = 0")
+    )
+    assert other["engine llama.cpp"].status == "ok"
+
+
 AREAS = {
     "machine", "cores", "memory", "swap", "memory bandwidth", "governor", "engine llama.cpp", "engine onnxruntime", "sensor contention",
     "sensor cpu", "sensor memory", "sensor rapl", "sensor replay", "sensor thermal", "sensor throttle", "energy",
