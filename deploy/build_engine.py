@@ -98,8 +98,13 @@ def say(text: str) -> None:
 
 
 def installed() -> bool:
-    """Whether this environment has the engine in the right version already."""
-    code = f"import importlib.metadata as m, sys; sys.exit(m.version('llama-cpp-python') != '{VERSION}')"
+    """Whether this environment has the engine: the right version, which can be loaded, without the kernels that OPTIONS leaves out."""
+    code = f"""
+import importlib.metadata, sys
+from llama_cpp import llama_cpp
+right = importlib.metadata.version("llama-cpp-python") == "{VERSION}"
+sys.exit(not right or b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info())
+"""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
@@ -122,8 +127,15 @@ def main() -> None:
     if options.no_install:
         sys.stdout.write(f"{wheel}\n")
         return
-    install = [sys.executable, "-m", "pip", "install", "-q", str(wheel)]
-    sys.exit(subprocess.run(install, check=False).returncode)
+    for more in ([], ["--force-reinstall", "--no-deps"]):  # pip takes one of the same version for the same one
+        install = [sys.executable, "-m", "pip", "install", "-q", *more, str(wheel)]
+        if (code := subprocess.run(install, check=False).returncode) != 0:
+            sys.exit(code)
+        if installed():
+            return
+    sys.exit(
+        f"{wheel} was installed but cannot be used\n  hint: remove the file and run this again; `joulemark doctor` says more"
+    )
 
 
 if __name__ == "__main__":

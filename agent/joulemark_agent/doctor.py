@@ -225,8 +225,8 @@ def _engine(area: str, engine: _Engine, run_child: Callable[[str], str]) -> Find
     except (OSError, ValueError, LookupError, TypeError) as error:
         return Finding(area, "unknown", f"it could not be examined: {type(error).__name__}: {error}")
     if _CRASHING.search(text):
-        fix = "build it without them: `make install` in a checkout, or pip with CXXFLAGS=-U__AMX_INT8__"
-        return Finding(area, "problem", f"{text}: its AMX kernels crash with some models (llama.cpp #20824)", fix)
+        fix = "build it without them: `make install` in a checkout, or pip with CFLAGS and CXXFLAGS=-U__AMX_INT8__"
+        return Finding(area, "problem", f"its AMX kernels crash with some models (llama.cpp #20824): {text}", fix)
     return Finding(area, "ok", text)
 
 

@@ -3,7 +3,7 @@
     python -m tests.fuzz [NAME…] [--seconds 60]
 
 Begins with the kept seeds, ends with the smallest set that reaches as much, in tests/fuzz/seeds; `make test` replays them. What broke a
-parser is kept as well, so that the test fails until it is mended. Prints the table of the README.
+parser is kept for good, so that the test fails until it is mended and whenever it comes back. Prints the table of the README.
 """
 
 from __future__ import annotations
@@ -55,15 +55,16 @@ def fuzz(name: str, begin: Sequence[bytes], seconds: int) -> Outcome:
         own.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.fuzz.one "$0" {name} "$@"\n')
         own.chmod(0o700)
         said = _run([str(own), str(corpus), *limits, *ends])
-        _run([str(own), "-merge=1", str(smallest), str(corpus), *limits])
         found = [path.read_bytes() for path in broken.iterdir()]
+        parsers.keep_broken(name, found)
+        merged = _run([str(own), "-merge=1", str(smallest), str(corpus), *limits])
         kept = [path.read_bytes() for path in smallest.iterdir()]
-        parsers.keep(name, [*kept, *begin, *found])
     executions = re.search(r"number_of_executed_units:\s*(\d+)", said)
     edges = re.findall(r"cov: (\d+)", said)
-    if not executions or not edges:
-        raise RuntimeError(f"{name}: the fuzzer did not run:\n{said[-4000:]}")
-    return Outcome(name, int(executions[1]), int(edges[-1]), len(kept), found, said)
+    if not executions or not edges or not kept:  # what was kept before stays
+        raise RuntimeError(f"{name}: the fuzzer did not run:\n{said[-2000:]}\n{merged[-2000:]}")
+    parsers.keep(name, [*kept, *begin])
+    return Outcome(name, int(executions[1]), int(edges[-1]), len(parsers.seeds(name)), found, said)
 
 
 def _run(command: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ import atheris  # pyright: ignore[reportMissingImports]  # only where fuzzing is
 fuzzer: Any = atheris
 OURS = ["joulemark", "joulemark_agent", "joulemark_exporter", "joulemark_host", "tomllib"]
 with fuzzer.instrument_imports(include=OURS):
+    from tests.fixtures.json_places import places
     from tests.fuzz import parsers
 
 JUNK = (
@@ -58,29 +59,23 @@ def change_json(data: bytes, most_bytes: int, seed: int) -> bytes:
         value = json.loads(data) if dice.random() < 0.5 else None
     except (ValueError, RecursionError):
         value = None
-    places = list(_places(value))
-    if not places:
+    found = list(places(value))
+    if not found:
         return fuzzer.Mutate(data, most_bytes)
-    for inside, key in dice.choices(places, k=dice.choice((1, 1, 2))):
+    for inside, key in dice.choices(found, k=dice.choice((1, 1, 2))):
         if isinstance(inside, dict) and dice.random() < 0.2:
             inside.pop(key, None)
         elif dice.random() < 0.3:
-            other, place = dice.choice(places)
+            other, place = dice.choice(found)
             inside[key] = other[place] if not isinstance(other, dict) or place in other else None
         else:
             inside[key] = dice.choice(JUNK)
     try:
-        changed = json.dumps(value).encode("utf-8", "surrogatepass")
+        changed = json.dumps(value).encode()
     except (ValueError, RecursionError):  # something was put into itself
         return fuzzer.Mutate(data, most_bytes)
     return changed if len(changed) <= most_bytes else fuzzer.Mutate(data, most_bytes)
 
 
-def _places(value: Any) -> Any:
-    """Every place in a JSON value where another could stand: what holds it, and its key there."""
-    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        yield value, key
-        yield from _places(value[key])
-
-
-main()
+if __name__ == "__main__":
+    main()

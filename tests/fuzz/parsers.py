@@ -47,15 +47,30 @@ def survives(parser: Parser, data: bytes) -> bool:
 
 
 def seeds(name: str) -> list[bytes]:
-    """The inputs that are kept for a parser, each of which once took a path of its own through it."""
-    file = SEEDS / f"{name}.txt"
-    return [base64.b64decode(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """The inputs that are kept for a parser: each once took a path of its own through it, or broke it."""
+    return [*_read(SEEDS / f"{name}.txt"), *_read(SEEDS / f"{name}.broke.txt")]
 
 
 def keep(name: str, inputs: Sequence[bytes]) -> None:
-    """Writes the inputs, one in base64 a line, so that a change of them is read like one of code."""
+    """Keeps these inputs instead of those so far. What broke the parser stays beside them."""
+    _write(SEEDS / f"{name}.txt", inputs)
+
+
+def keep_broken(name: str, inputs: Sequence[bytes]) -> None:
+    """Keeps what broke a parser, for good: it takes no path of its own any more once that is mended."""
+    if inputs:
+        file = SEEDS / f"{name}.broke.txt"
+        _write(file, [*_read(file), *inputs])
+
+
+def _read(file: Path) -> list[bytes]:
+    return [base64.b64decode(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _write(file: Path, inputs: Sequence[bytes]) -> None:
+    """One in base64 a line, so that a change of them is read like one of code."""
     lines = sorted({base64.b64encode(data).decode() for data in inputs}, key=lambda line: (len(line), line))
-    (SEEDS / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
+    file.write_text("".join(f"{line}\n" for line in lines))
 
 
 def _file(read: Callable[[Path], object], name: str) -> Callable[[bytes], object]:

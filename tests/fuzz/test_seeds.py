@@ -52,3 +52,8 @@ def test_seeds_are_read_as_they_were_kept(tmp_path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(parsers, "SEEDS", tmp_path)
     parsers.keep("words", [b"b\n\xff", b"a", b"a", b""])
     assert parsers.seeds("words") == [b"", b"a", b"b\n\xff"]
+    parsers.keep_broken("words", [b"c"])
+    parsers.keep_broken("words", [])
+    parsers.keep_broken("words", [b"d"])
+    parsers.keep("words", [b"e"])
+    assert parsers.seeds("words") == [b"e", b"c", b"d"]

@@ -43,8 +43,8 @@ def reference(path: Path) -> Any:
 
 
 def reference_logprobs(model: Any, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Per-token log-probabilities of each continuation as lm-eval defines them. The prompt is read once for all of them: reading it again
-    for each, as lm-eval does, takes three times as long and changes the sixth digit, which a test of its own shows."""
+    """Per-token log-probabilities of each continuation as lm-eval defines them. The prompt is read once for all of them and not again for
+    each, as lm-eval does: that is less work and differs by rounding only, which a test of its own shows."""
     repeated = len(continuations)
     with torch.inference_mode():
         read = model(torch.tensor([prompt]), logits_to_keep=1, use_cache=True)

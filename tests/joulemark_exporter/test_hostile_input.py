@@ -16,6 +16,7 @@ from joulemark.errors import JoulemarkError
 from joulemark_exporter import checkpoint, families, gguf_tokenizer, lora, recipe
 from tests.fixtures import hub_models
 from tests.fixtures.exporting import train
+from tests.fixtures.json_places import places
 
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 300) | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
@@ -25,28 +26,16 @@ JUNK = st.recursive(
 SETTINGS = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something can be put into a JSON value; of long lists and objects only the ends."""
-    if isinstance(value, dict):
-        keys = list(value)
-        found = [path for key in (*keys[:40], *keys[-3:]) for path in paths(value[key], (*prefix, key))]
-        return [prefix, *found] if prefix else found
-    if isinstance(value, list) and value:
-        return [prefix, *(path for index in {0, len(value) - 1} for path in paths(value[index], (*prefix, index)))]
-    return [prefix]
-
-
 def spoil(value: Any, data: st.DataObject) -> Any:
     spoiled = copy.deepcopy(value)
     for _ in range(data.draw(st.integers(1, 2))):
-        path = data.draw(st.sampled_from(paths(spoiled)))
-        place = spoiled
-        for step in path[:-1]:
-            place = place[step]
+        if not (found := list(places(spoiled))):
+            break
+        place, key = found[data.draw(st.integers(0, len(found) - 1))]
         if isinstance(place, dict) and data.draw(st.booleans()):
-            place.pop(path[-1])
+            place.pop(key)
         else:
-            place[path[-1]] = data.draw(JUNK)
+            place[key] = data.draw(JUNK)
     return spoiled
 
 
