@@ -26,7 +26,7 @@ def measure_kills(say: Callable[[str], None], kills: int = KILLS) -> Iterator[Fi
     began = time.monotonic()
     with ThreadPoolExecutor(WORLDS_AT_ONCE) as pool:
         worlds = [
-            pool.submit(_live, number, min(A_WORLD, kills - first))
+            pool.submit(_live, number, min(A_WORLD, kills - first), say)
             for number, first in enumerate(range(0, kills, A_WORLD))
         ]
         for ended in as_completed(worlds):
@@ -39,7 +39,7 @@ def measure_kills(say: Callable[[str], None], kills: int = KILLS) -> Iterator[Fi
     yield Figure(f"lost or doubled after {done.total()} random kills {dict(done)}", lost, 0, "", at_least=False)
 
 
-def _live(number: int, kills: int) -> tuple[str, Counter[str], Lost | None]:
+def _live(number: int, kills: int, say: Callable[[str], None]) -> tuple[str, Counter[str], Lost | None]:
     """One world until it has been killed so often: what to say of it, its kills, and what was lost."""
     lost = None
     with tempfile.TemporaryDirectory(prefix="joulemark-kills-") as folder:
@@ -47,6 +47,7 @@ def _live(number: int, kills: int) -> tuple[str, Counter[str], Lost | None]:
         try:
             while (left := kills - world.kills.total()) > 0:
                 world.round(min(A_ROUND, left))
+                say(f"  world {number}: {world.kills.total()} kills")
         except Lost as error:
             lost = error
         finally:
