@@ -183,5 +183,6 @@ class DeviceRow(Wire):
     seen_at: float | None
     address: Title | None
     facts: DeviceFacts | None
+    groups: tuple[Title, ...] = ()
     clock_ahead_s: float | None = None
     """By how much the board's clock was ahead of the host's when its agent started."""

@@ -7,6 +7,7 @@ one transaction. Not aware of HTTP, nor of what is in an artifact. Times are sec
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Callable, Collection
@@ -29,6 +30,8 @@ from joulemark_host.run_queue import QueuedRun, RunQueue
 
 LEASE_S = 900.0
 ADVANCE_EVERY_S = 1.0
+GROUP_NAME = re.compile(r"[\w.()-]([\w .()-]{0,58}[\w.()-])?", re.ASCII)
+"""Where boards are named, commas separate and blanks around a name are cut off."""
 _VANISHED = Problem(code="vanished", message="the board has not been heard of", hint="look at its power and network")
 
 
@@ -52,7 +55,8 @@ class Dispatch:
 
     # --- which boards -------------------------------------------------------------------------------------------------
     def devices(self, words: str) -> dict[str, str]:
-        """Names by id of the approved boards that `words` means: names, ids or groups, separated by commas, or `all`. Raises NotFound."""
+        """Names by id of the approved boards that `words` means: names, ids or groups, separated by commas, or `all`. Raises NotFound, and
+        BadInput for a word that means two things: a board may have taken a group's name."""
         with transaction(self._engine) as connection:
             approved = sa.select(DEVICES.c.device_id, DEVICES.c.name).where(DEVICES.c.admission == "approved")
             known = {row.device_id: row.name for row in connection.execute(approved)}
@@ -60,7 +64,10 @@ class Dispatch:
         chosen: dict[str, str] = dict(known) if words == "all" else {}
         for word in (part.strip() for part in words.split(",") if part.strip() and words != "all"):
             found = [key for key, name in known.items() if word in (key, name)]
-            found = found or [device_id for group, device_id in members if group == word and device_id in known]
+            grouped = [device_id for group, device_id in members if group == word and device_id in known]
+            if found and grouped:
+                raise BadInput(f"{word[:80]!r} is a board and a group", "give the board's id, or rename it")
+            found = found or grouped
             if not found:
                 raise NotFound(f"there is no approved board or group {word[:80]!r}", "`joulemark devices` lists them")
             chosen |= {key: known[key] for key in found}
@@ -78,8 +85,12 @@ class Dispatch:
         return found
 
     def group(self, name: str, device_ids: Collection[str], member: bool = True) -> None:
-        """Puts boards into a group, or takes them out."""
+        """Puts boards into a group, or takes them out. Raises BadInput for a name that could not be given where boards are named."""
         with transaction(self._engine, write=True) as connection:
+            taken = connection.execute(sa.select(DEVICES.c.name).where(DEVICES.c.name == name)).first() is not None
+            if member and (taken or name == "all" or not GROUP_NAME.fullmatch(name)):
+                why = "a board is called so" if taken else "up to 60 letters, digits, spaces, dots, dashes; not `all`"
+                raise BadInput(f"a group cannot be called {name[:80]!r}", why)
             mine = sa.and_(GROUPS.c.name == name, GROUPS.c.device_id.in_(device_ids))
             connection.execute(sa.delete(GROUPS).where(mine))
             if member:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from joulemark.wire import SCHEMA, DeviceFacts
 from joulemark_host import credential_book
 from joulemark_host.credential_book import Person, Role, SpentKey, refused
 from joulemark_host.database import open_database, transaction
-from joulemark_host.fleet_tables import DEVICES, EVENTS, SESSIONS
+from joulemark_host.fleet_tables import DEVICES, EVENTS, GROUPS, SESSIONS
 from joulemark_host.sightings import Sightings
 
 KEY_LIFE_S = 24 * 3600.0
@@ -189,12 +189,13 @@ class Registry:
         """All boards by name."""
         with self._look() as connection:
             rows = connection.execute(sa.select(DEVICES).order_by(DEVICES.c.name)).mappings().all()
-        return [_row(row) for row in rows]
+            groups = _groups(connection)
+        return [_row(row, groups) for row in rows]
 
     def device(self, name_or_id: str) -> DeviceRow:
         """One board. Raises NotFound."""
         with self._look() as connection:
-            return _row(_named(connection, name_or_id))
+            return _row(_named(connection, name_or_id), _groups(connection))
 
     def approve(self, name_or_id: str, who: str) -> DeviceRow:
         """Lets a board take part; of a cloned identity, the board that speaks next. Raises NotFound, Conflict for a revoked one."""
@@ -403,7 +404,15 @@ def _clean(name: str) -> str:
     return re.sub(r"[^\w .()-]", "", printable(name), flags=re.ASCII).strip()[:MAX_NAME]
 
 
-def _row(row: RowMapping) -> DeviceRow:
+def _groups(connection: Connection) -> dict[str, list[str]]:
+    """The groups that each board is in."""
+    found: dict[str, list[str]] = {}
+    for row in connection.execute(sa.select(GROUPS).order_by(GROUPS.c.name)):
+        found.setdefault(row.device_id, []).append(row.name)
+    return found
+
+
+def _row(row: RowMapping, groups: Mapping[str, Sequence[str]]) -> DeviceRow:
     admission: Admission = row["admission"]
     return DeviceRow(
         device_id=row["device_id"],
@@ -416,4 +425,5 @@ def _row(row: RowMapping) -> DeviceRow:
         address=row["address"],
         facts=DeviceFacts.model_validate_json(json.dumps(row["facts"])) if row["facts"] else None,
         clock_ahead_s=row["clock_ahead_s"],
+        groups=tuple(groups.get(row["device_id"], ())),
     )

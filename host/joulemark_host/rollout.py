@@ -56,31 +56,40 @@ class Plan(Wire):
 
 @dataclass(frozen=True)
 class Board:
-    """One board of a stage, as far as it is."""
+    """One board of a stage, as far as it is. Bytes are None before it was asked, `check` is where its check run stands, if there is one."""
 
     device_id: str
     device: str
     state: BoardState
     problem: Problem | None
+    seen_at: float | None = None
+    received_bytes: int | None = None
+    size_bytes: int | None = None
+    check: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dict(vars(self)) | {"problem": self.problem.message if self.problem is not None else ""}
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """How far a roll-out is. `stage` counts from 0; stages after it have not begun."""
+    """How far a roll-out is. `stage` counts from 0; stages after it have not begun. Its boards have until `ends_at`."""
 
     plan: Plan
     status: RolloutStatus
     stage: int
     problem: str
+    ends_at: float
     stages: Sequence[Sequence[Board]]
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
-        boards = [
-            [{"device": b.device, "state": b.state, "problem": _message(b)} for b in stage] for stage in self.stages
+        stages = [
+            {"words": stage.words, "boards": [board.plain() for board in boards]}
+            for stage, boards in zip(self.plan.stages, self.stages, strict=True)
         ]
-        stages = [{"words": s.words, "boards": b} for s, b in zip(self.plan.stages, boards, strict=True)]
-        about = {"name": self.plan.name, "artifact_id": content_id(self.plan.manifest)}
+        about = {"name": self.plan.name, "artifact_id": content_id(self.plan.manifest), "ends_at": self.ends_at}
         return about | {"status": self.status, "stage": self.stage, "problem": self.problem, "stages": stages}
 
 
@@ -187,57 +196,43 @@ class Rollouts:
             self._boards(connection, plan, number, row["stage_begun_at"], number <= row["stage"])
             for number in range(len(plan.stages))
         ]
-        return Rollout(plan, row["status"], row["stage"], row["problem"], stages)
+        ends_at = row["stage_begun_at"] + plan.timeout_s
+        return Rollout(plan, row["status"], row["stage"], row["problem"], ends_at, stages)
 
     def _boards(self, connection: Connection, plan: Plan, stage: int, begun_at: float, begun: bool) -> list[Board]:
         ids = plan.stages[stage].device_ids
         known = connection.execute(sa.select(DEVICES).where(DEVICES.c.device_id.in_(ids))).mappings().all()
         devices = {row["device_id"]: row for row in known}
         checks = {run["device_id"]: run for run in self._checks(connection, plan, stage)}
-        found: list[Board] = []
-        for device_id in ids:
-            device = devices.get(device_id)
-            name = device["name"] if device is not None else device_id
-            state, problem = (
-                ("registered", None) if not begun else self._state(connection, plan, device_id, device, checks)
-            )
-            if state == "pending" and self._clock() > begun_at + plan.timeout_s:
-                problem = Problem(
-                    code="too_late", message=f"it did not get there within {plan.timeout_s:g} s", hint="is it on?"
-                )
-                state = "error"
-            found.append(Board(device_id, name, state, problem))
-        return found
+        late = self._clock() > begun_at + plan.timeout_s
+        return [self._board(connection, plan, i, devices.get(i), checks.get(i), begun, late) for i in ids]
 
-    def _state(
+    def _board(
         self,
         connection: Connection,
         plan: Plan,
         device_id: str,
         device: RowMapping | None,
-        checks: dict[str, RowMapping],
-    ) -> tuple[BoardState, Problem | None]:
-        if device is None or device["admission"] != "approved":
-            word = device["admission"] if device is not None else "unknown here"
-            return "error", Problem(code="no_part", message=f"the board is {word}", hint="`joulemark devices` says why")
-        row = row_of(connection, device_id, content_id(plan.manifest))
-        if row is None or row["state"] in ("registered", "forgotten"):
-            return "pending", None
-        if row["state"] != "in_sync":
-            return row["state"], Problem(**row["problem"]) if row["problem"] else None
-        if plan.check is None:
-            return "in_sync", None
-        run = checks.get(device_id)
-        if run is None:
-            return "pending", None
-        if run["status"] == "done":
-            return "in_sync", None
-        if run["status"] in ("failed", "cancelled", "interrupted"):
-            told = Problem(**run["problem"]) if run["problem"] else None
-            return "error", told or Problem(
-                code="check_failed", message=f"its check run was {run['status']}", hint=run["run_id"]
-            )
-        return "pending", None
+        check: RowMapping | None,
+        begun: bool,
+        late: bool,
+    ) -> Board:
+        held = row_of(connection, device_id, content_id(plan.manifest)) if begun else None
+        whole = "size_bytes" if held is not None and held["state"] == "in_sync" else "received_bytes"
+        state, problem = _state(plan, device, held, check) if begun else ("registered", None)
+        if state == "pending" and late:
+            why = f"it did not get there within {plan.timeout_s:g} s"
+            state, problem = "error", Problem(code="too_late", message=why, hint="is it on?")
+        return Board(
+            device_id,
+            device["name"] if device is not None else device_id,
+            state,
+            problem,
+            seen_at=device["seen_at"] if device is not None else None,
+            received_bytes=held[whole] if held is not None else None,
+            size_bytes=held["size_bytes"] if held is not None else None,
+            check=run_queue.row_in_words(check) if check is not None else None,
+        )
 
     def _queue_checks(self, connection: Connection, plan: Plan, stage: int, check: RunSpec) -> None:
         """Queues the check run of every board of a stage that has the artifact now."""
@@ -262,6 +257,26 @@ class Rollouts:
     @staticmethod
     def _set(connection: Connection, name: str, **values: Any) -> None:
         connection.execute(sa.update(ROLLOUTS).where(ROLLOUTS.c.name == name).values(**values))
+
+
+def _state(
+    plan: Plan, device: RowMapping | None, held: RowMapping | None, check: RowMapping | None
+) -> tuple[BoardState, Problem | None]:
+    """Where a board of a stage that has begun stands, leaving aside how long it took."""
+    if device is None or device["admission"] != "approved":
+        word = device["admission"] if device is not None else "unknown here"
+        return "error", Problem(code="no_part", message=f"the board is {word}", hint="`joulemark devices` says why")
+    if held is None or held["state"] in ("registered", "forgotten"):
+        return "pending", None
+    if held["state"] != "in_sync":
+        return held["state"], Problem(**held["problem"]) if held["problem"] else None
+    if plan.check is None or (check is not None and check["status"] == "done"):
+        return "in_sync", None
+    if check is None or check["status"] not in ("failed", "cancelled", "interrupted"):
+        return "pending", None
+    why = f"its check run was {check['status']}"
+    told = Problem(**check["problem"]) if check["problem"] else None
+    return "error", told or Problem(code="check_failed", message=why, hint=check["run_id"])
 
 
 def going_on() -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import getpass
 import json
 import sys
+import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -95,7 +96,7 @@ def rollout(
             dispatch.stop_rollout(name, getpass.getuser()) if stop else dispatch.resume_rollout(name)
         watched = wait and name is not None and not stop
         found = (
-            watch(console, lambda: dispatch.rollouts(name), rollouts_table, _settled)
+            watch(console, lambda: dispatch.rollouts(name), lambda f: rollouts_table(f, time.time()), _settled)
             if watched
             else dispatch.rollouts(name)
         )
@@ -104,7 +105,7 @@ def rollout(
     if as_json:
         sys.stdout.write(json.dumps([rollout.plain() for rollout in found], indent=2) + "\n")
     else:
-        terminal().print(rollouts_table(found) if found else "no roll-outs yet", markup=False)
+        terminal().print(rollouts_table(found, time.time()) if found else "no roll-outs yet", markup=False)
     if watched and any(rollout.status == "stopped" for rollout in found):
         raise typer.Exit(1)
 

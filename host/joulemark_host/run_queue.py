@@ -64,6 +64,13 @@ def in_words(status: RunStatus) -> str:
     return "running" if status == "leased" else status
 
 
+def row_in_words(row: RowMapping) -> str:
+    """Where a run of the table stands, and how far it is."""
+    where = f"{in_words(row['status'])}: {row['phase']}" if row["phase"] is not None else in_words(row["status"])
+    far = f", {row['items_done']} of {row['items_total']}" if row["items_total"] is not None else ""
+    return where + far
+
+
 class RunQueue:
     """See the module."""
 

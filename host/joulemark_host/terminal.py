@@ -35,7 +35,7 @@ from joulemark_host.facts import RunFacts
 from joulemark_host.holdings import Target
 from joulemark_host.readable import amount, interval, unit_for
 from joulemark_host.registry import Event
-from joulemark_host.rollout import Rollout
+from joulemark_host.rollout import Board, Rollout
 from joulemark_host.run_queue import QueuedRun
 
 SHOWN_METRICS = (
@@ -163,13 +163,13 @@ def _when(seconds: float | None) -> str:
 def devices_table(rows: Sequence[DeviceRow], now: float) -> Table:
     """One row a board. `now` is the host's clock."""
     table = Table(header_style="bold")
-    for column in ("name", "state", "key", "last seen", "address", "board"):
+    for column in ("name", "state", "groups", "key", "last seen", "address", "board"):
         table.add_column(column, overflow="fold")
     styles = {"approved": "green", "pending": "yellow", "revoked": "dim", "cloned": "red"}
     for row in rows:
         seen = "never" if row.seen_at is None else f"{duration(now - row.seen_at)} ago"
         board = row.facts.title if row.facts is not None else ""
-        cells = (row.name, row.admission, row.key_id, seen, row.address or "", board)
+        cells = (row.name, row.admission, ", ".join(row.groups), row.key_id, seen, row.address or "", board)
         texts = [Text(printable(cell)) for cell in cells]
         texts[1].stylize(styles[row.admission])
         table.add_row(*texts)
@@ -248,8 +248,12 @@ def found_table(found: Sequence[Found]) -> Table:
     return table
 
 
-def rollouts_table(rollouts: Sequence[Rollout]) -> Table:
-    """One row a stage of a roll-out, and one for every board of it that went wrong."""
+SHOWN_BOARDS = 8
+"""So many boards of a stage have a line of their own; a stage may be a thousand."""
+
+
+def rollouts_table(rollouts: Sequence[Rollout], now: float) -> Table:
+    """One row a stage of a roll-out, and one for every board of it that went wrong or is still waited for. `now` is the host's clock."""
     table = Table(header_style="bold")
     for column in ("roll-out", "stage", "boards", "in sync", "went wrong", "state"):
         table.add_column(column, overflow="fold")
@@ -257,19 +261,36 @@ def rollouts_table(rollouts: Sequence[Rollout]) -> Table:
         for number, (stage, boards) in enumerate(zip(rollout.plan.stages, rollout.stages, strict=True)):
             bad = [board for board in boards if board.state == "error"]
             good = sum(board.state == "in_sync" for board in boards)
-            state = "waits" if number > rollout.stage else rollout.status if number == rollout.stage else "done"
-            row = (rollout.plan.name if number == 0 else "", stage.words, len(boards), good, len(bad), state)
+            current = number == rollout.stage
+            state = "waits" if number > rollout.stage else rollout.status if current else "done"
+            left = f", {duration(rollout.ends_at - now)} left" if state == "running" else ""
+            row = (rollout.plan.name if number == 0 else "", stage.words, len(boards), good, len(bad), state + left)
             cells = [Text(printable(str(cell))) for cell in row]
             cells[5].stylize(STATE_STYLES.get("error" if state == "stopped" else state, ""))
             table.add_row(*cells)
-            for board in bad:
-                why = board.problem.message if board.problem is not None else ""
-                table.add_row(
-                    "", Text(printable(f"  {board.device}"), style="dim"), "", "", "", Text(printable(why), style="dim")
-                )
-            if rollout.problem and number == rollout.stage:
+            waited = [board for board in boards if board.state == "pending"] if state == "running" else []
+            for name, why in _board_lines([*bad, *waited], now):
+                table.add_row("", Text(printable(name), style="dim"), "", "", "", Text(printable(why), style="dim"))
+            if rollout.problem and current:
                 table.add_row("", "", "", "", "", Text(printable(rollout.problem), style="yellow"))
     return table
+
+
+def _board_lines(boards: Sequence[Board], now: float) -> list[tuple[str, str]]:
+    lines = [(f"  {board.device}", _board_words(board, now)) for board in boards[:SHOWN_BOARDS]]
+    return lines + ([(f"  … {more} more", "")] if (more := len(boards) - SHOWN_BOARDS) > 0 else [])
+
+
+def _board_words(board: Board, now: float) -> str:
+    """What went wrong on a board, or what it is at."""
+    if board.problem is not None:
+        return board.problem.message
+    seen = "never seen" if board.seen_at is None else f"seen {duration(now - board.seen_at)} ago"
+    if board.received_bytes is None or board.size_bytes is None:
+        return seen
+    if board.received_bytes < board.size_bytes:
+        return f"{filesize.decimal(board.received_bytes)} of {filesize.decimal(board.size_bytes)}, {seen}"
+    return f"has it; check: {board.check}" if board.check is not None else f"has it, {seen}"
 
 
 def queue_table(runs: Sequence[QueuedRun]) -> Table:

@@ -351,6 +351,33 @@ def test_boards_are_meant_by_name_id_group_or_all(dispatch: Dispatch, boards: li
             dispatch.devices(wrong)
 
 
+@pytest.mark.parametrize("name", ["all", "one", "a,b", "", " lab", "lab ", "x" * 61, "l\nab", "läb"])
+def test_a_group_is_not_called_what_could_not_be_said_where_boards_are_named(
+    dispatch: Dispatch, boards: list[str], name: str
+):
+    with pytest.raises(BadInput, match="cannot be called"):
+        dispatch.group(name, boards)
+    assert dispatch.groups() == {}
+
+
+def test_a_word_that_is_a_board_and_a_group_means_neither(
+    dispatch: Dispatch, boards: list[str], database: str, clock: Clock
+):
+    one, two = boards
+    dispatch.group("lab", [two])
+    registry = Registry(database, "ab" * 32, clock)
+    registry.rename("one", "lab", "test")
+    assert registry.device("two").groups == ("lab",) and [row.groups for row in registry.devices()] == [
+        (),
+        (),
+        ("lab",),
+    ]
+    registry.close()
+    with pytest.raises(BadInput, match="a board and a group"):
+        dispatch.devices("lab")
+    assert dispatch.devices(one) == {one: "lab"}
+
+
 def test_a_board_that_was_revoked_while_it_waited_gets_no_orders(
     dispatch: Dispatch, boards: list[str], database: str, clock: Clock
 ):

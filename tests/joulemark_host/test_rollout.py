@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 
 import pytest
+from rich import filesize
+from rich.console import Console
 
 from joulemark.errors import BadInput, Conflict, NotFound
 from joulemark.protocol import Holding, Report
@@ -12,7 +15,9 @@ from joulemark.signing import SigningKey
 from joulemark.wire import Problem, RunSpec, RunState, content_id
 from joulemark_host.dispatch import ADVANCE_EVERY_S, Dispatch
 from joulemark_host.registry import Registry
-from joulemark_host.rollout import Plan, Stage
+from joulemark_host.rollout import Board as RolloutBoard
+from joulemark_host.rollout import Plan, Rollout, Stage
+from joulemark_host.terminal import rollouts_table
 from tests.fixtures.boards_at_host import Board
 from tests.fixtures.clocks import Clock
 from tests.fixtures.grids import SMOL_Q8
@@ -177,6 +182,43 @@ def test_with_a_check_a_board_counts_once_it_has_run_it(fleet: Fleet):
     fleet.ran(1, "failed")
     status, stage, states = fleet.now()
     assert (status, stage, states) == ("stopped", 1, [["in_sync"], ["error"]])
+
+
+def test_of_a_board_that_is_waited_for_it_is_shown_what_it_is_at(fleet: Fleet, clock: Clock):
+    check = RunSpec(run_id="x", artifact_id=ARTIFACT, pack_id="ab" * 32)
+    fleet.dispatch.roll_out(fleet.plan([0, 1, 2], [3], check=check, task="arc_challenge", timeout_s=600))
+    size = sum(entry.size_bytes for entry in SMOL_Q8.files)
+    fleet.dispatch.report(
+        fleet.ids[1], Report(holdings=(Holding(artifact_id=ARTIFACT, state="pending", received_bytes=size // 2),))
+    )
+    fleet.says(2, "in_sync")
+    fleet.dispatch.orders(fleet.ids[2])
+    (run,) = fleet.dispatch.runs("rollout-r")
+    fields = {"run_id": run.run_id, "status": "running", "phase": "accuracy", "items_done": 3, "items_total": 20}
+    fleet.dispatch.report(fleet.ids[2], Report(runs=(RunState.model_validate(fields),)))
+    (rollout,) = fleet.dispatch.rollouts("r")
+    assert rollout.ends_at == clock() + 600
+    untouched, half, checked = rollout.stages[0]
+    assert (untouched.received_bytes, untouched.size_bytes, untouched.check) == (0, size, None)
+    assert (half.received_bytes, half.check) == (size // 2, None)
+    assert (checked.state, checked.check) == ("pending", "running: accuracy, 3 of 20")
+    assert rollout.stages[1][0].size_bytes is None
+    assert rollout.plain()["stages"][0]["boards"][2]["check"] == "running: accuracy, 3 of 20"
+
+    out = io.StringIO()
+    Console(width=140, file=out).print(rollouts_table([rollout], clock() + 100))
+    text = out.getvalue()
+    assert "running, 8 min left" in text and "b0" in text and "b3" not in text
+    assert f"{filesize.decimal(size // 2)} of {filesize.decimal(size)}" in text
+    assert "has it; check: running: accuracy, 3 of 20" in text
+
+
+def test_of_a_large_stage_only_some_boards_have_a_line():
+    boards = [RolloutBoard(f"d{number}", f"b{number}", "pending", None) for number in range(1000)]
+    plan = Plan(name="r", manifest=SMOL_Q8, stages=(Stage(words="all", device_ids=("d",)),))
+    out = io.StringIO()
+    Console(width=140, file=out).print(rollouts_table([Rollout(plan, "running", 0, "", 60.0, [boards])], 0.0))
+    assert "… 992 more" in out.getvalue() and len(out.getvalue().splitlines()) < 20
 
 
 def test_looking_changes_nothing(fleet: Fleet):
