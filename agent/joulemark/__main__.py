@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from joulemark import __version__
-from joulemark.errors import JoulemarkError, to_problem
+from joulemark.errors import INTERRUPTED, JoulemarkError, to_problem
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(application: Callable[..., Any], arguments: Sequence[str]) -> int:
     """Run a typer application (typer itself is not imported here: a board may lack it) and turn its errors into words."""
     try:
-        return int(application(args=list(arguments), prog_name="joulemark", standalone_mode=False) or 0)
-    except KeyboardInterrupt:
-        sys.stderr.write("joulemark: stopped; what was finished is kept\n")
-        return 130
+        status = int(application(args=list(arguments), prog_name="joulemark", standalone_mode=False) or 0)
+        if status == INTERRUPTED:
+            sys.stderr.write("joulemark: stopped; what was finished is kept\n")
+        return status
     except (JoulemarkError, OSError) as error:
         problem = to_problem(error)
         sys.stderr.write(f"joulemark: {problem.message}\n" + (f"  hint: {problem.hint}\n" if problem.hint else ""))

@@ -29,6 +29,10 @@ import errno
 
 from joulemark.wire import Problem
 
+INTERRUPTED = 130
+"""A command's exit status after Ctrl-C (128 + SIGINT, as shells have it): also what typer makes of it, without a word. A command that has
+more to say says it and leaves with SystemExit."""
+
 
 class JoulemarkError(Exception):
     """Root of the tree. `message` says what happened and where, `hint` what to do next."""

@@ -71,7 +71,8 @@ def serve(settings: Settings, listen: str) -> None:
         app = create_app(assemble(settings, who, listener.getsockname()[:2]))
         files = None if listening.is_loopback(listener) else who.tls_files
         url = listening.address_of(listener, "https" if files is not None else "http")
-        log.info("agent %s (%s) serves on %s", settings.name, who.device_id, url)
+        name = who.membership.name if who.membership is not None else settings.name
+        log.info("agent %s (%s) serves on %s", name, who.device_id, url)
         serving.serve(app, listener, CONNECTION_LIMIT, *(files or (None, None)))
 
 

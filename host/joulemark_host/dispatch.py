@@ -171,6 +171,7 @@ class Dispatch:
     def resume_rollout(self, name: str) -> None:
         """Takes a stopped roll-out up again at its stage. Raises NotFound, Conflict."""
         with transaction(self._engine, write=True) as connection:
+            self._rollouts.advance(connection)  # one whose time is over may not have been looked at since
             self._rollouts.resume(connection, name)
 
     # --- what boards ask and say --------------------------------------------------------------------------------------

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from joulemark.errors import JoulemarkError, NotFound
+from joulemark.errors import INTERRUPTED, JoulemarkError, NotFound
 from joulemark_host.dispatch import Dispatch
 from joulemark_host.evaluation import Subject
 from joulemark_host.holdings import Target
@@ -72,7 +73,8 @@ def sweep(
         options = {"limit": limit, "backend": backend, "variant": variant}
         added = sweeps.queue(dispatch, name, sweeps.cells(subjects, devices), options, retry_failed)
         console.print(f"✓ {added} runs queued, {len(dispatch.runs(name))} in all", markup=False)
-        runs = watch_runs(console, lambda: dispatch.runs(name)) if wait else dispatch.runs(name)
+        goes_on = f"the boards go on; `joulemark runs --sweep {name}` shows how far, `joulemark sweep --name {name} --cancel` ends it"
+        runs = watch_runs(console, lambda: dispatch.runs(name), goes_on) if wait else dispatch.runs(name)
     finally:
         dispatch.close()
     _show_runs(runs, as_json)
@@ -188,25 +190,46 @@ def run_by_name(
         return watch_runs(console, lambda: dispatch.runs(run_ids=run_ids))
     except KeyboardInterrupt:
         dispatch.cancel(run_ids)
-        raise
+        leave("the runs are cancelled")
 
 
-def watch_runs(console: Any, look: Callable[[], list[QueuedRun]]) -> list[QueuedRun]:
+def leave(then: str) -> NoReturn:
+    """Ends a command at Ctrl-C and says what becomes of what it watched."""
+    sys.stderr.write(f"joulemark: stopped; {then}\n")
+    raise SystemExit(INTERRUPTED)
+
+
+@contextmanager
+def _interruptible(then: str | None) -> Generator[None, None, None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if then is None:
+            raise
+        leave(then)
+
+
+def watch_runs(console: Any, look: Callable[[], list[QueuedRun]], then: str | None = None) -> list[QueuedRun]:
     """Shows the runs until all have ended."""
     from joulemark_host.sweep import over
     from joulemark_host.terminal import queue_table
 
-    return watch(console, look, queue_table, over)
+    return watch(console, look, queue_table, over, then)
 
 
 def watch(
-    console: Any, look: Callable[[], list[Any]], table: Callable[[list[Any]], Any], over: Callable[[list[Any]], bool]
+    console: Any,
+    look: Callable[[], list[Any]],
+    table: Callable[[list[Any]], Any],
+    over: Callable[[list[Any]], bool],
+    then: str | None,
 ) -> list[Any]:
-    """Shows what there is until it is over."""
+    """Shows what there is until it is over. `then` is what becomes of it when the person stops watching; None: KeyboardInterrupt is
+    raised."""
     from rich.live import Live
 
     found = look()
-    with Live(table(found), console=console, transient=True, refresh_per_second=2) as live:
+    with _interruptible(then), Live(table(found), console=console, transient=True, refresh_per_second=2) as live:
         while not over(found):
             time.sleep(LOOK_EVERY_S)
             found = _patiently(look, found)
@@ -219,7 +242,11 @@ def _watch_targets(console: Any, look: Callable[[], list[Target]]) -> list[Targe
     from joulemark_host.terminal import transfer_bar
 
     targets = look()
-    with transfer_bar(console, f"push to {len(targets)} board{'s' if len(targets) != 1 else ''}") as show:
+    then = "the boards go on fetching; `joulemark artifacts` shows how far"
+    with (
+        _interruptible(then),
+        transfer_bar(console, f"push to {len(targets)} board{'s' if len(targets) != 1 else ''}") as show,
+    ):
         while any(target.state == "pending" for target in targets):
             show(*progress(targets))
             time.sleep(LOOK_EVERY_S)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from joulemark.errors import BadInput
+from joulemark.errors import BadInput, NotFound
 from joulemark_host.dispatch import Dispatch
 from joulemark_host.options import (
     DEFAULT_DATA,
@@ -95,8 +95,11 @@ def rollout(
                 raise BadInput("which roll-out?", "say --name; `joulemark rollout` lists them")
             dispatch.stop_rollout(name, getpass.getuser()) if stop else dispatch.resume_rollout(name)
         watched = wait and name is not None and not stop
+        if name is not None and not dispatch.rollouts(name):
+            raise NotFound(f"there is no roll-out {name!r}", "`joulemark rollout` lists them")
+        then = f"the roll-out goes on; `joulemark rollout --name {name}` shows it, --stop stops it"
         found = (
-            watch(console, lambda: dispatch.rollouts(name), lambda f: rollouts_table(f, time.time()), _settled)
+            watch(console, lambda: dispatch.rollouts(name), lambda f: rollouts_table(f, time.time()), _settled, then)
             if watched
             else dispatch.rollouts(name)
         )

@@ -259,6 +259,13 @@ def test_a_stopped_one_is_taken_up_again_where_it_was(fleet: Fleet, clock: Clock
         fleet.dispatch.resume_rollout("r")
 
 
+def test_one_whose_time_is_over_is_taken_up_again_though_nobody_looked(fleet: Fleet, clock: Clock):
+    fleet.dispatch.roll_out(fleet.plan([0], timeout_s=60))
+    clock.now += 61
+    fleet.dispatch.resume_rollout("r")
+    assert fleet.now() == ("running", 0, [["pending"]]) and fleet.asked() == [0]
+
+
 def test_the_same_plan_again_is_the_same_roll_out_and_mistakes_are_refused(fleet: Fleet):
     plan = fleet.plan([0], [1])
     fleet.dispatch.roll_out(plan)

@@ -1,0 +1,94 @@
+"""The commands that watch boards: what they say and leave behind when a person stops watching."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from joulemark.__main__ import main
+from joulemark_host import identity, queue_cli
+from joulemark_host.dispatch import Dispatch
+from joulemark_host.evaluation import Subject
+from joulemark_host.options import database_url, identity_folder
+from joulemark_host.registry import Registry
+from joulemark_host.shelf import Shelf
+from tests.fixtures.boards_at_host import Board
+from tests.fixtures.fleet import publish_subject
+
+
+@dataclass
+class Desk:
+    """A host's data folder with one board that is never there, and a model on the shelf."""
+
+    data: Path
+    dispatch: Dispatch
+    device_id: str
+    subject: Subject
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    data = tmp_path / "host"
+    who = identity.create(identity_folder(data))
+    url = database_url(data, None)
+    registry, dispatch = Registry(url, who.fingerprint), Dispatch(url, who.key)
+    board = Board("pi5")
+    registry.enrol(board.enrolment(registry.issue_key("device", "test", approved=True)), "192.0.2.5")
+    yield Desk(data, dispatch, board.device_id, publish_subject(Shelf(data / "shelf"), tmp_path / "models"))
+    registry.close()
+    dispatch.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["push", "tiny", "--to", "pi5"], "the boards go on fetching; `joulemark artifacts` shows how far"),
+        (["rollout", "tiny", "--stage", "pi5"], "the roll-out goes on; `joulemark rollout --name tiny` shows it"),
+    ],
+)
+def test_ctrl_c_ends_the_watching_only_and_says_so(
+    desk: Desk, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    interrupt_at_first_wait(monkeypatch)
+    with pytest.raises(SystemExit) as left:
+        main([*arguments, "--data", str(desk.data)])
+    assert left.value.code == 130 and f"stopped; {said}" in capsys.readouterr().err
+    assert len(desk.dispatch.orders(desk.device_id).fetch) == 1
+
+
+def test_ctrl_c_cancels_the_runs_of_run(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    interrupt_at_first_wait(monkeypatch)
+    with pytest.raises(SystemExit) as left:
+        queue_cli.run_by_name(desk.dispatch, desk.subject, "pi5", {}, Console(quiet=True))
+    assert left.value.code == 130 and "stopped; the runs are cancelled" in capsys.readouterr().err
+    assert [run.status for run in desk.dispatch.runs()] == ["cancelled"]
+
+
+def test_a_command_that_has_nothing_to_say_about_ctrl_c_is_spoken_for(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Dispatch, "targets", interrupted)
+    assert main(["artifacts", "--data", str(desk.data)]) == 130
+    assert "stopped; what was finished is kept" in capsys.readouterr().err
+
+
+def interrupt_at_first_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(queue_cli, "time", SimpleNamespace(sleep=interrupted))
+
+
+def test_a_roll_out_that_is_not_there_is_an_error(desk: Desk, capsys: pytest.CaptureFixture[str]):
+    assert main(["rollout", "--name", "nosuch", "--data", str(desk.data)]) == 1
+    assert "there is no roll-out 'nosuch'" in capsys.readouterr().err
