@@ -29,6 +29,16 @@ def fingerprint(authority_pem: str, signing_key: PublicKey) -> str:
     return hashlib.sha256(_der(authority_pem) + bytes.fromhex(signing_key)).hexdigest()
 
 
+def why_silent(error: Exception, url: str) -> str:
+    """Why nobody answered at `url`, in words: that one side speaks TLS and the other does not is not to be guessed from OpenSSL's."""
+    text = str(error) or type(error).__name__
+    if "WRONG_VERSION_NUMBER" in text or "RECORD_LAYER_FAILURE" in text:
+        return f"what answers there speaks plain HTTP: say http:// instead of https:// ({text})"
+    if url.startswith("http://") and type(error).__name__ == "RemoteProtocolError":
+        return f"the connection was closed without an answer: it may want https:// ({text})"
+    return text
+
+
 def pinned(authority_pem: str, name: str | None) -> ssl.SSLContext:
     """A client's context that trusts this authority and no other, and takes only the peer called `name`, whatever its address.
 

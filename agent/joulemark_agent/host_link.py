@@ -96,7 +96,7 @@ def exchange(
         with client.stream(method, path, **arguments) as response:
             answer = bounded(response, limit)
     except httpx.HTTPError as error:
-        raise Unavailable(f"{whom} cannot be reached: {str(error) or type(error).__name__}", hint) from error
+        raise Unavailable(f"{whom} cannot be reached: {tls.why_silent(error, str(client.base_url))}", hint) from error
     if not response.is_success:
         raise error_of(answer, response.status_code)
     return answer, response

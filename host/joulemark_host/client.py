@@ -264,7 +264,8 @@ def _client(host: HostIdentity | None, device_id: str | None) -> httpx.Client:
 
 
 def _silent(url: str, error: Exception) -> Unavailable:
-    return Unavailable(f"the agent at {url} does not answer: {error}", "is it running? `joulemark agent` starts one")
+    why = tls.why_silent(error, url)
+    return Unavailable(f"the agent at {url} does not answer: {why}", "is it running? `joulemark agent` starts one")
 
 
 def _error_of(response: httpx.Response, request: str) -> JoulemarkError:

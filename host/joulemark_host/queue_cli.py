@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from joulemark.errors import INTERRUPTED, JoulemarkError, NotFound
+from joulemark.errors import INTERRUPTED, BadInput, JoulemarkError, NotFound
 from joulemark_host.dispatch import Dispatch
 from joulemark_host.evaluation import Subject
 from joulemark_host.holdings import Target
@@ -32,6 +32,7 @@ from joulemark_host.options import (
     terminal,
 )
 from joulemark_host.run_queue import QueuedRun
+from joulemark_host.shelf import Shelf
 
 app = commands("The workstation's side: what boards are to do.")
 runs_app = typer.Typer(invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -41,7 +42,9 @@ LOOK_EVERY_S = 0.5
 
 @app.command()
 def sweep(
-    models: Annotated[list[str], typer.Argument(help="Published models, GGUF files, folders of exported artifacts.")],
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Published models, GGUF files, folders of exported artifacts.")
+    ] = None,
     task: Annotated[str, typer.Option(help="Tasks, separated by commas.")] = "arc_challenge",
     to: Annotated[str, typer.Option("--to", help="Boards or groups, separated by commas, or `all`.")] = "all",
     name: Annotated[str, typer.Option(help="The sweep's name; asked for again it adds what is missing.")] = "sweep",
@@ -65,19 +68,28 @@ def sweep(
     console, dispatch = terminal(as_json), open_dispatch(data, database)
     try:
         if cancel:
-            ended = dispatch.cancel([run.run_id for run in dispatch.runs(name)])
+            found = dispatch.runs(name)
+            if not found:
+                raise NotFound(
+                    f"there is no sweep {name!r}", "`joulemark runs --all --json` names the sweep of every run"
+                )
+            ended = dispatch.cancel([run.run_id for run in found])
             console.print(f"✓ {ended} runs of {name} are cancelled", markup=False)
             return
+        if not models:
+            raise BadInput("which models?", "name one at least; `joulemark publish --help` says what can be named")
         devices, shelf = dispatch.devices(to), open_shelf(data, shelf_at)
         subjects = [subject_of(shelf, model, task, console) for model in models]
         options = {"limit": limit, "backend": backend, "variant": variant}
         added = sweeps.queue(dispatch, name, sweeps.cells(subjects, devices), options, retry_failed)
         console.print(f"✓ {added} runs queued, {len(dispatch.runs(name))} in all", markup=False)
         goes_on = f"the boards go on; `joulemark runs --sweep {name}` shows how far, `joulemark sweep --name {name} --cancel` ends it"
-        runs = watch_runs(console, lambda: dispatch.runs(name), goes_on) if wait else dispatch.runs(name)
+        runs = (
+            watch_runs(console, lambda: dispatch.runs(name), shelf.titles(), goes_on) if wait else dispatch.runs(name)
+        )
     finally:
         dispatch.close()
-    _show_runs(runs, as_json)
+    _show_runs(runs, shelf, as_json)
     if wait and any(run.status != "done" for run in sweeps.latest(runs)):
         raise typer.Exit(1)
 
@@ -88,6 +100,7 @@ def runs(
     sweep: Annotated[str | None, typer.Option(help="Only the runs of this sweep.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Also those that have ended.")] = False,
     data: DataOption = DEFAULT_DATA,
+    shelf_at: ShelfOption = None,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -99,7 +112,7 @@ def runs(
         found = dispatch.runs(sweep, open_only=not everything)
     finally:
         dispatch.close()
-    _show_runs(found, as_json)
+    _show_runs(found, open_shelf(data, shelf_at), as_json)
 
 
 @runs_app.command()
@@ -151,12 +164,13 @@ def artifacts(
         found = dispatch.targets(device_id, artifact_id)
     finally:
         dispatch.close()
-    names = {key: f"{manifest.name} {manifest.quantization}" for key, manifest in shelf.artifacts().items()}
     if as_json:
         sys.stdout.write(json.dumps([target.plain() for target in found], indent=2) + "\n")
         return
     console = terminal()
-    console.print(targets_table(found, names) if found else "nothing was pushed yet: `joulemark push`", markup=False)
+    console.print(
+        targets_table(found, shelf.titles()) if found else "nothing was pushed yet: `joulemark push`", markup=False
+    )
 
 
 def push_by_name(
@@ -187,7 +201,8 @@ def run_by_name(
             dispatch.queue(device_id, spec, subject.manifest, task)
             run_ids.append(spec.run_id)
     try:
-        return watch_runs(console, lambda: dispatch.runs(run_ids=run_ids))
+        names = {subject.artifact_id: f"{subject.manifest.name} {subject.manifest.quantization}"}
+        return watch_runs(console, lambda: dispatch.runs(run_ids=run_ids), names)
     except KeyboardInterrupt:
         dispatch.cancel(run_ids)
         leave("the runs are cancelled")
@@ -209,12 +224,14 @@ def _interruptible(then: str | None) -> Generator[None, None, None]:
         leave(then)
 
 
-def watch_runs(console: Any, look: Callable[[], list[QueuedRun]], then: str | None = None) -> list[QueuedRun]:
-    """Shows the runs until all have ended."""
+def watch_runs(
+    console: Any, look: Callable[[], list[QueuedRun]], models: Mapping[str, str], then: str | None = None
+) -> list[QueuedRun]:
+    """Shows the runs until all have ended. `models` are names by artifact id."""
     from joulemark_host.sweep import over
     from joulemark_host.terminal import queue_table
 
-    return watch(console, look, queue_table, over, then)
+    return watch(console, look, lambda found: queue_table(found, models), over, then)
 
 
 def watch(
@@ -264,12 +281,11 @@ def _patiently(look: Callable[[], list[Any]], before: list[Any]) -> list[Any]:
         return before
 
 
-def _show_runs(runs: Sequence[QueuedRun], as_json: bool) -> None:
+def _show_runs(runs: Sequence[QueuedRun], shelf: Shelf, as_json: bool) -> None:
     from joulemark_host.terminal import queue_table
 
     if as_json:
         sys.stdout.write(json.dumps([run.plain() for run in runs], indent=2) + "\n")
         return
-    terminal().print(
-        queue_table(runs) if runs else "no runs: `joulemark run` or `joulemark sweep` queues some", markup=False
-    )
+    nothing = "no runs: `joulemark run` or `joulemark sweep` queues some"
+    terminal().print(queue_table(runs, shelf.titles()) if runs else nothing, markup=False)

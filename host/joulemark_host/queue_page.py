@@ -31,9 +31,9 @@ class _Row:
 def queue_page(title: str, runs: Sequence[QueuedRun], models: Mapping[str, str]) -> str:
     """`models` are names by artifact id; one that is not on the shelf any more shows its id."""
     current = latest(runs)
-    columns = list(dict.fromkeys(_column(run, models) for run in current))
+    columns = list(dict.fromkeys(run.what(models) for run in current))
     boards = list(dict.fromkeys(run.device for run in current))
-    found = {(run.device, _column(run, models)): run for run in current}
+    found = {(run.device, run.what(models)): run for run in current}
     rows = [_Row(board, [_cell(found.get((board, column))) for column in columns]) for board in boards]
     return render(
         "queue.html",
@@ -43,13 +43,6 @@ def queue_page(title: str, runs: Sequence[QueuedRun], models: Mapping[str, str])
         counts=[(status, in_words(status), count) for status, count in sorted(counts(runs).items())],
         going_on=not over(current),
     )
-
-
-def _column(run: QueuedRun, models: Mapping[str, str]) -> str:
-    spec = run.spec
-    name = f"{models.get(spec.artifact_id, spec.artifact_id[:12])}, {run.task or spec.pack_id[:12]}"
-    details = [f"first {spec.limit}" if spec.limit else "", spec.backend or "", spec.variant]
-    return ", ".join([name, *filter(None, details)])
 
 
 def _cell(run: QueuedRun | None) -> _Cell | None:

@@ -7,7 +7,7 @@ clock that is passed in.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +50,13 @@ class QueuedRun:
     def words(self) -> str:
         """Where it stands, for people: a run that a board holds is running, and in which phase."""
         return f"{in_words(self.status)}: {self.phase}" if self.phase is not None else in_words(self.status)
+
+    def what(self, models: Mapping[str, str]) -> str:
+        """What is run, for people. `models` are names by artifact id; one that is not on the shelf any more shows its id."""
+        spec = self.spec
+        name = f"{models.get(spec.artifact_id, spec.artifact_id[:12])}, {self.task or spec.pack_id[:12]}"
+        details = [f"first {spec.limit}" if spec.limit else "", spec.backend or "", spec.variant]
+        return ", ".join([name, *filter(None, details)])
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""

@@ -293,15 +293,15 @@ def _board_words(board: Board, now: float) -> str:
     return f"has it; check: {board.check}" if board.check is not None else f"has it, {seen}"
 
 
-def queue_table(runs: Sequence[QueuedRun]) -> Table:
-    """One row a run, in the order of the queue."""
+def queue_table(runs: Sequence[QueuedRun], models: Mapping[str, str]) -> Table:
+    """One row a run, in the order of the queue. `models` are names by artifact id."""
     table = Table(header_style="bold")
-    for column in ("board", "run", "state", "items", "problem"):
+    for column in ("board", "what", "state", "items", "problem", "run"):
         table.add_column(column, overflow="fold")
     for run in runs:
         items = f"{run.items_done} of {run.items_total}" if run.items_total is not None else ""
         problem = run.problem.message if run.problem is not None else ""
-        row = [Text(printable(cell)) for cell in (run.device, run.run_id, run.words, items, problem)]
+        row = [Text(printable(cell)) for cell in (run.device, run.what(models), run.words, items, problem, run.run_id)]
         row[2].stylize(STATE_STYLES.get(run.status, ""))
         table.add_row(*row)
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from joulemark.__main__ import main
+from joulemark.wire import RunSpec
 from joulemark_host import identity, queue_cli
 from joulemark_host.dispatch import Dispatch
 from joulemark_host.evaluation import Subject
@@ -92,3 +94,20 @@ def interrupt_at_first_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_roll_out_that_is_not_there_is_an_error(desk: Desk, capsys: pytest.CaptureFixture[str]):
     assert main(["rollout", "--name", "nosuch", "--data", str(desk.data)]) == 1
     assert "there is no roll-out 'nosuch'" in capsys.readouterr().err
+
+
+def test_a_queue_says_what_is_run_and_a_sweep_is_cancelled_by_its_name(desk: Desk, capsys: pytest.CaptureFixture[str]):
+    spec = RunSpec(
+        run_id="r", artifact_id=desk.subject.artifact_id, pack_id=desk.subject.packs["arc_challenge"], limit=3
+    )
+    desk.dispatch.queue(desk.device_id, spec, desk.subject.manifest, "arc_challenge", sweep="night")
+    at = ["--data", str(desk.data)]
+    assert main(["runs", "--json", *at]) == 0
+    assert [run["sweep"] for run in json.loads(capsys.readouterr().out)] == ["night"]
+    assert main(["runs", *at]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "tiny" in shown and "arc_challenge" in shown and "first 3" in shown
+    assert main(["sweep", "--name", "nosuch", "--cancel", *at]) == 1
+    assert main(["sweep", "--name", "night", *at]) == 1 and "which models?" in capsys.readouterr().err
+    assert main(["sweep", "--name", "night", "--cancel", *at]) == 0
+    assert [run.status for run in desk.dispatch.runs()] == ["cancelled"]

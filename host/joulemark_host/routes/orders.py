@@ -53,19 +53,16 @@ def create_router(dispatch: Dispatch, shelf: Shelf, access: Access, stopping: Ca
         found = dispatch.targets(device_id, artifact_id)
         return [target.plain() for target in found]
 
-    def names() -> dict[str, str]:
-        return {key: f"{manifest.name} {manifest.quantization}" for key, manifest in shelf.artifacts().items()}
-
     @router.get("/queue", response_class=HTMLResponse, dependencies=readers)
     def queue() -> str:
-        return queue_page("What waits and what is going on", dispatch.runs(open_only=True), names())
+        return queue_page("What waits and what is going on", dispatch.runs(open_only=True), shelf.titles())
 
     @router.get("/sweeps/{name}", response_class=HTMLResponse, dependencies=readers)
     def sweep(name: Annotated[str, Path(max_length=80)]) -> str:
         runs = dispatch.runs(name)
         if not runs:
             raise NotFound(f"there is no sweep {name!r}", "`joulemark sweep --name` makes one; /queue shows what waits")
-        return queue_page(f"Sweep {name}", runs, names())
+        return queue_page(f"Sweep {name}", runs, shelf.titles())
 
     @router.get("/api/runs", dependencies=readers)
     def runs(sweep: str | None = None) -> list[dict[str, Any]]:
