@@ -12,7 +12,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,8 @@ from joulemark.errors import BadInput, DigestMismatch, JoulemarkError, NoSpace, 
 from joulemark.wire import Clock, DeviceFacts, Manifest, Metric, Problem, RunRecord, RunSpec, RunState
 from joulemark_agent import reporting
 from joulemark_agent.fitting import cache_budget, choose_backend, misfit
-from joulemark_agent.journal import Attempt, Journal
+from joulemark_agent.giving_up import lost, why_no_more
+from joulemark_agent.journal import Journal
 from joulemark_agent.machine import boot_id, memory_field_bytes, usable_cores
 from joulemark_agent.messages import (
     Beat,
@@ -44,10 +45,6 @@ from joulemark_agent.sysfs import Roots
 from joulemark_agent.verdict import Limits
 from joulemark_agent.worker import Worker, WorkerStalled
 
-MAX_ATTEMPTS = 10
-# A worker that dies twice in a row before its first item will die a third time.
-MAX_FRUITLESS = 2
-AGENT_STOPPED = "agent_stopped"
 POLL_S = 0.5
 # A full or read-only disk is looked at again after so long.
 DISK_PATIENCE_S = 10.0
@@ -245,21 +242,12 @@ class Jobs:
         if spec.run_id in self._cancelled:
             return _Ended(None, cancelled=True)
         attempts = self._journal.attempts(spec.run_id)
-        if len(attempts) >= MAX_ATTEMPTS or self._fruitless(spec.run_id, attempts) >= MAX_FRUITLESS:
-            return _Ended(attempts[-1].problem or _lost())
+        hopeless = why_no_more(attempts, lambda n: self._journal.item_count(spec.run_id, n), self._now().boot_id)
+        if hopeless is not None:
+            return _Ended(hopeless)
         available = memory_field_bytes(self._machine.roots, "MemAvailable")
         problem = misfit(available, self._library.manifest(spec.artifact_id))
         return _Ended(problem) if problem else None
-
-    def _fruitless(self, run_id: str, attempts: Sequence[Attempt]) -> int:
-        """How many attempts in a row ended by the worker's fault without a single item."""
-        count = 0
-        for attempt in reversed(attempts):
-            by_worker = attempt.problem is not None and attempt.problem.code != AGENT_STOPPED
-            if not by_worker or self._journal.item_count(run_id, attempt.number):
-                break
-            count += 1
-        return count
 
     def _backend(self, spec: RunSpec, manifest: Manifest) -> str:
         return choose_backend((spec.backend,) if spec.backend else self._machine.profile.backends, manifest.format)
@@ -316,7 +304,7 @@ class Jobs:
         heard = time.monotonic()
         while True:
             if self._stopping.is_set():
-                return _Ended(_lost(), stopped=True)
+                return _Ended(lost(), stopped=True)
             if spec.run_id in self._cancelled:
                 return _Ended(None, cancelled=True)
             if time.monotonic() > deadline:
@@ -329,7 +317,7 @@ class Jobs:
                 continue
             heard = time.monotonic()
             if message is None:
-                return _Ended(worker.explain_end() or _lost(), again=True)
+                return _Ended(worker.explain_end() or lost(), again=True)
             if isinstance(message, Finished):
                 return _Ended(None)
             if isinstance(message, Failed):
@@ -394,15 +382,6 @@ class Jobs:
         except (JoulemarkError, OSError):
             log.exception("the record of run %s is in the journal and cannot be handed on now", run_id)
             self._undelivered.add(run_id)
-
-
-def _lost() -> Problem:
-    return Problem(
-        code=AGENT_STOPPED,
-        message="the agent stopped while the run was going on",
-        hint="the run resumes at the next item when the agent starts again",
-        retryable=True,
-    )
 
 
 def _hung(message: str) -> Problem:

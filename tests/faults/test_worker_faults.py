@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from joulemark.wire import RunRecord
+from joulemark.wire import Clock, ItemRecord, RunRecord
+from joulemark_agent.giving_up import MAX_ATTEMPTS
 from joulemark_agent.jobs import Jobs
 from joulemark_agent.journal import Journal
+from joulemark_agent.machine import boot_id
+from joulemark_agent.sysfs import Roots
 from tests.fixtures.small_world import make_files, make_machine, make_spec
 
 SIZE = 20
@@ -107,6 +110,47 @@ def test_a_worker_without_progress_fails_the_run_and_the_next_works(
     assert record.problem.hint and not record.verdict.valid and record.items == ()
     monkeypatch.delenv("JOULEMARK_FAKE_FAULT")
     assert bench.run("next").status == "done"
+
+
+def went_down(bench: Bench, boots: list[str], items: dict[int, ItemRecord] | None = None) -> RunRecord:
+    """What becomes of a run that was begun once on each of these boots, each of which ended without a word. `items`: by the attempt
+    (from 1) that finished it."""
+    bench.close()
+    journal = Journal(bench.folder / "journal.sqlite")
+    journal.add_run(make_spec(bench.files, "cut"), SIZE)
+    for boot in boots:
+        attempt = journal.begin_attempt("cut", Clock(monotonic_s=5.0, wall_s=5.0, boot_id=boot))
+        if items and attempt in items:
+            journal.add_item("cut", attempt, items[attempt])
+    journal.set_status("cut", "running")
+    journal.close()
+    bench.open()
+    return bench.wait("cut")
+
+
+def test_a_run_in_which_the_board_goes_down_again_and_again_is_given_up_and_the_next_works(bench: Bench) -> None:
+    record = went_down(bench, ["boot-1", "boot-2", "boot-3"])
+    assert record.status == "failed" and record.problem is not None and record.problem.code == "board_went_down"
+    assert "3 times" in record.problem.message and record.attempts == 3
+    assert bench.run("next").status == "done"
+
+
+@pytest.mark.parametrize("boots", [["boot-1", "boot-2"], ["boot-1", "boot-2", "boot-2"], ["boot-1"] * 5])
+def test_a_run_whose_board_went_down_less_often_goes_on(bench: Bench, boots: list[str]) -> None:
+    record = went_down(bench, boots)
+    assert record.status == "done" and complete(record) and record.attempts == len(boots) + 1
+
+
+def test_power_cuts_between_which_an_item_was_finished_do_not_end_a_run(bench: Bench) -> None:
+    item = bench.run("whole").items[0]
+    record = went_down(bench, ["boot-1", "boot-2", "boot-3", "boot-4"], {2: item})
+    assert record.status == "done" and complete(record) and record.attempts == 5
+
+
+def test_a_run_that_the_agent_never_lives_through_says_so(bench: Bench) -> None:
+    record = went_down(bench, [str(boot_id(Roots()))] * MAX_ATTEMPTS)
+    assert record.status == "failed" and record.problem is not None and record.problem.code == "agent_stopped"
+    assert f"each of the run's {MAX_ATTEMPTS} attempts" in record.problem.message
 
 
 def test_a_hanging_worker_is_killed_and_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,80 @@
+"""When a run is not tried again: it was begun too often, its worker dies before every item, or the board goes down under it.
+
+A run whose worker or agent was stopped is begun again where it was. That must come to an end: a board that its own run takes down would
+else come up, begin the run, and go down for ever. Not aware of how an attempt is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from joulemark.wire import Problem
+from joulemark_agent.journal import Attempt
+
+MAX_ATTEMPTS = 10
+MAX_FRUITLESS = 2
+"""A worker that dies twice in a row before its first item will die a third time."""
+MAX_POWER_CUTS = 3
+"""As often a board may lose its power in a row before the run's next item: under load its supply may not suffice."""
+AGENT_STOPPED = "agent_stopped"
+
+
+def why_no_more(attempts: Sequence[Attempt], item_count: Callable[[int], int], boot_id: str) -> Problem | None:
+    """Why a run gets no further attempt; None when it does. `item_count` says how many items an attempt finished, `boot_id` is the boot
+    of now."""
+    if len(attempts) >= MAX_ATTEMPTS:
+        return attempts[-1].problem or _given_up(len(attempts))
+    if _fruitless(attempts, item_count) >= MAX_FRUITLESS:
+        return attempts[-1].problem
+    cuts = _power_cuts(attempts, item_count, boot_id)
+    return _went_down(cuts) if cuts >= MAX_POWER_CUTS else None
+
+
+def _fruitless(attempts: Sequence[Attempt], item_count: Callable[[int], int]) -> int:
+    """How many attempts in a row ended by the worker's fault without a single item."""
+    count = 0
+    for attempt in reversed(attempts):
+        by_worker = attempt.problem is not None and attempt.problem.code != AGENT_STOPPED
+        if not by_worker or item_count(attempt.number):
+            break
+        count += 1
+    return count
+
+
+def _power_cuts(attempts: Sequence[Attempt], item_count: Callable[[int], int], boot_id: str) -> int:
+    """How many times in a row the board went down in the middle of the run, without a single item in between."""
+    boots: set[str] = set()
+    for attempt in reversed(attempts):
+        cut = (
+            attempt.problem is None and attempt.clock.boot_id != boot_id
+        )  # an attempt that could say why it ended has a problem
+        if not cut or item_count(attempt.number):
+            break
+        boots.add(attempt.clock.boot_id)
+    return len(boots)
+
+
+def lost() -> Problem:
+    """The agent stopped in the middle of an attempt."""
+    return Problem(
+        code=AGENT_STOPPED,
+        message="the agent stopped while the run was going on",
+        hint="the run resumes at the next item when the agent starts again",
+        retryable=True,
+    )
+
+
+def _given_up(attempts: int) -> Problem:
+    return Problem(
+        code=AGENT_STOPPED,
+        message=f"the agent was stopped in each of the run's {attempts} attempts",
+        hint="find out what stops it, then queue the run again",
+    )
+
+
+def _went_down(times: int) -> Problem:
+    return Problem(
+        code="board_went_down",
+        message=f"the board went down {times} times in a row in this run, without an item in between",
+        hint="look at its power supply and its temperature under load, then queue the run again",
+    )
