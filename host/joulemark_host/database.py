@@ -6,6 +6,7 @@ asks for a `write` transaction: there is one of them at a time, over all process
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Generator
@@ -15,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, IntegrityError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -30,6 +31,9 @@ _WRITERS = 0x6A6F756C
 
 
 _TURNS: dict[str, threading.Lock] = {}
+RESTORE = "stop the host, move the database aside, restore a copy; boards keep what they send until it is stored"
+_UNREADABLE = (UnicodeDecodeError, json.JSONDecodeError)
+"""What a damaged SQLite file gives besides errors of its own: garbage in a column, or in SQLite's own sentence about the garbage."""
 READERS = 20
 """Connections that are kept; forty threads of a server share them."""
 
@@ -47,10 +51,10 @@ def open_database(url: str) -> Engine:
             f"the record database {shown} cannot be opened: {_said(error)}",
             "check that its folder exists and is writable, or that the server runs",
         ) from error
-    except DatabaseError as error:
+    except (DatabaseError, *_UNREADABLE) as error:
         raise BadInput(
-            f"{shown} is not a record database: {_said(error)}",
-            "move the file aside, or give another one with --database",
+            f"{shown} is not a record database, or is damaged: {_said(error)}",
+            "move the file aside and restore a copy, or give another one with --database",
         ) from error
     return engine
 
@@ -71,12 +75,16 @@ def transaction(engine: Engine, write: bool = False) -> Generator[Connection, No
         raise Unavailable(
             f"the database does not answer: {text}", "what was sent is kept by its sender: try again"
         ) from error
-    except PoolTimeout as error:
-        raise Unavailable("the database is busy: every connection is in use", "try again in a moment") from error
+    except IntegrityError:
+        raise  # the caller's affair: another writer was faster
     except (OverflowError, DataError) as error:
         raise BadInput(
             "a number or a text is out of the range that can be kept", f"the database says: {error}"
         ) from error
+    except (DatabaseError, *_UNREADABLE) as error:
+        raise Unavailable(f"the database is damaged: {_said(error)}", RESTORE) from error
+    except PoolTimeout as error:
+        raise Unavailable("the database is busy: every connection is in use", "try again in a moment") from error
 
 
 @contextmanager
@@ -175,9 +183,9 @@ def _bring_up_to_date(connection: Connection, shown: str) -> None:
         index.create(connection, checkfirst=True)
 
 
-def _said(error: DatabaseError) -> str:
+def _said(error: Exception) -> str:
     """The server's words in one line."""
-    return " ".join(str(error.orig).split())
+    return " ".join(str(error.orig if isinstance(error, DatabaseError) else error).split())
 
 
 def _without_password(url: str) -> str:

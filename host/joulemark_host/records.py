@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import logging
 import time
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ from pydantic_core import from_json
 from sqlalchemy.engine import Connection, RowMapping
 from sqlalchemy.exc import IntegrityError
 
-from joulemark.errors import BadInput, Conflict, Forbidden, NotFound, TooLarge
+from joulemark.errors import BadInput, Conflict, DigestMismatch, Forbidden, NotFound, TooLarge
 from joulemark.wire import SCHEMA, Absent, Measure, Metric, Problem, RunRecord, content_id
-from joulemark_host.database import open_database, transaction
+from joulemark_host.database import RESTORE, open_database, transaction
 from joulemark_host.facts import FACTS_VERSION, OUTCOMES, RunFacts, facts_of
 from joulemark_host.tables import BODIES, METRICS_TABLE, QUARANTINE, RECORDS
 
@@ -136,12 +137,19 @@ class Records:
         )
 
     def raw(self, run_id: str) -> bytes:
-        """The body exactly as it was sent. Raises NotFound."""
+        """The body exactly as it was sent. Raises NotFound, DigestMismatch when it is not what was stored: disks forget."""
+        query = sa.select(BODIES.c.body, RECORDS.c.sha256).join(RECORDS, RECORDS.c.run_id == BODIES.c.run_id)
         with self._transaction() as connection:
-            body = connection.execute(sa.select(BODIES.c.body).where(BODIES.c.run_id == run_id)).scalar()
-        if body is None:
+            row = connection.execute(query.where(BODIES.c.run_id == run_id)).first()
+        if row is None:
             raise NotFound(f"there is no record of run {run_id!r}", "`joulemark records` lists what is here")
-        return gzip.decompress(body)
+        try:
+            body = gzip.decompress(row.body)
+        except (OSError, EOFError, zlib.error):  # damaged so that it cannot even be unpacked
+            body = b""
+        if hashlib.sha256(body).hexdigest() != row.sha256:
+            raise DigestMismatch(f"the record of run {run_id!r} is damaged in the database", RESTORE)
+        return body
 
     def signature(self, run_id: str) -> bytes | None:
         """The envelope in which the board vouches for its record; None for one that came unsigned. Raises NotFound."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from joulemark.errors import Unavailable
+from joulemark.errors import JoulemarkError, Unavailable
 from joulemark.wire import RunSpec, content_id
 from joulemark_host.records import Records
 from tests.fixtures.agent_process import AgentProcess
@@ -18,7 +20,7 @@ from tests.fixtures.fleet import enrolled, make_subject
 from tests.fixtures.host_process import HostProcess, wait_until
 from tests.fixtures.object_storage import ObjectServer
 from tests.fixtures.postgresql import PostgresServer
-from tests.fixtures.records import make_record, record_bytes
+from tests.fixtures.records import make_items, make_record, record_bytes
 
 
 @pytest.fixture
@@ -107,3 +109,57 @@ def test_no_password_is_shown(capsys: pytest.CaptureFixture[str]):
         with pytest.raises(Exception, match="ann") as raised:
             Records(url)
         assert "secret" not in str(raised.value) + str(getattr(raised.value, "hint", ""))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["a page of garbage", "one byte of a page"])
+def test_a_damaged_record_database_is_said_in_words_and_gives_no_wrong_record(tmp_path: Path, whole: bool):
+    """Whatever page of the file the disk has forgotten: an error of ours or the right bytes, and never another body."""
+    bodies = {
+        f"run-{n}": record_bytes(make_record(f"run-{n}", items=make_items("arc_challenge", 60))) for n in range(4)
+    }
+    path, chance = tmp_path / "records.db", random.Random(3)
+    records = Records(f"sqlite:///{path}")
+    for run_id, body in bodies.items():
+        records.put(body, run_id)
+    records.close()
+    sound, said = path.read_bytes(), set[str]()
+    for start in range(0, len(sound), 4096):
+        damaged = bytearray(sound)
+        if whole:
+            damaged[start : start + 4096] = chance.randbytes(4096)
+        else:
+            damaged[start + chance.randrange(4096)] ^= 0xFF
+        copy = tmp_path / f"damaged-{start}.db"
+        copy.write_bytes(damaged)
+        said |= said_of(copy, bodies)
+        copy.unlink()
+    assert len(sound) > 20 * 4096 and said & {"bad_input", "unavailable"} and "digest_mismatch" in said
+
+
+def said_of(path: Path, bodies: dict[str, bytes]) -> set[str]:
+    """Everything that is asked of a record database is answered rightly or with an error of ours: the errors' codes."""
+    said: set[str] = set()
+    try:
+        records = Records(f"sqlite:///{path}")
+    except JoulemarkError as error:
+        assert error.hint
+        return {error.code}
+
+    def ask(what: Callable[[], object]) -> None:
+        try:
+            what()
+        except JoulemarkError as error:
+            assert error.message and error.hint
+            said.add(error.code)
+
+    def compare(run_id: str, body: bytes) -> None:
+        assert records.raw(run_id) == body
+
+    for run_id, body in bodies.items():
+        ask(partial(compare, run_id, body))
+        ask(partial(records.put, body, run_id))
+    for what in (records.facts, records.names, records.tasks, lambda: records.cells("arc_challenge", "accuracy")):
+        ask(what)
+    ask(lambda: records.put(record_bytes(make_record("new"))))
+    records.close()
+    return said
