@@ -142,6 +142,11 @@ class Manifest(Wire):
         return files
 
     @property
+    def title(self) -> str:
+        """What people call it."""
+        return f"{self.name} {self.quantization}"
+
+    @property
     def memory_of_weights(self) -> int:
         """Bytes that the loaded weights take: never fewer than are stored."""
         return max(self.weight_bytes, self.loaded_weight_bytes or 0)

@@ -45,9 +45,8 @@ def _power_cuts(attempts: Sequence[Attempt], item_count: Callable[[int], int], b
     """How many times in a row the board went down in the middle of the run, without a single item in between."""
     boots: set[str] = set()
     for attempt in reversed(attempts):
-        cut = (
-            attempt.problem is None and attempt.clock.boot_id != boot_id
-        )  # an attempt that could say why it ended has a problem
+        # An attempt that could say why it ended has a problem.
+        cut = attempt.problem is None and attempt.clock.boot_id != boot_id
         if not cut or item_count(attempt.number):
             break
         boots.add(attempt.clock.boot_id)

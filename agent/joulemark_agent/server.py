@@ -71,8 +71,7 @@ def serve(settings: Settings, listen: str) -> None:
         app = create_app(assemble(settings, who, listener.getsockname()[:2]))
         files = None if listening.is_loopback(listener) else who.tls_files
         url = listening.address_of(listener, "https" if files is not None else "http")
-        name = who.membership.name if who.membership is not None else settings.name
-        log.info("agent %s (%s) serves on %s", name, who.device_id, url)
+        log.info("agent %s (%s) serves on %s", _name(settings, who), who.device_id, url)
         serving.serve(app, listener, CONNECTION_LIMIT, *(files or (None, None)))
 
 
@@ -138,6 +137,11 @@ class _AtHost:
     session: Session
 
 
+def _name(settings: Settings, who: Identity) -> str:
+    """What people call this board: what its host calls it, if it has one."""
+    return who.membership.name if who.membership is not None else settings.name
+
+
 def assemble(settings: Settings, who: Identity, address: tuple[str, int] | None = None) -> Services:
     """All parts of an agent that listens on `address`, not yet started. Raises OSError when the data folder cannot be written."""
     settings.data.mkdir(parents=True, exist_ok=True)
@@ -159,7 +163,7 @@ def assemble(settings: Settings, who: Identity, address: tuple[str, int] | None 
     )
     journal = Journal(settings.data / "journal.sqlite")
     outbox = Outbox(settings.data / "outbox.sqlite", settings.outbox_bytes, settings.outbox_age_s)
-    names = [who.membership.name if who.membership is not None else settings.name]
+    names = [_name(settings, who)]
     machine = local_machine(settings.roots, who.device_id, lambda: names[-1], settings.profile, settings.replay)
     completions = Completions(store, machine, settings.serve_idle_s)
 

@@ -64,7 +64,7 @@ def create_app(
         app.include_router(entrance.create_router(identity, access.registry, access))
         app.include_router(devices.create_router(access.registry, access, dispatch))
     if dispatch is not None:
-        app.include_router(orders.create_router(dispatch, artifacts, access, lambda: bool(app.state.stopping())))
+        app.include_router(orders.create_router(dispatch, access, lambda: bool(app.state.stopping())))
     return app
 
 

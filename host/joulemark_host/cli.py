@@ -284,8 +284,8 @@ def _push_by_name(
     if as_json:
         sys.stdout.write(json.dumps([target.plain() for target in targets], indent=2) + "\n")
     else:
-        names = {subject.artifact_id: f"{subject.manifest.name} {subject.manifest.quantization}"}
-        terminal().print(targets_table(targets, names), markup=False)
+        titles = {subject.artifact_id: subject.manifest.title}
+        terminal().print(targets_table(targets, titles), markup=False)
     if any(target.state == "error" for target in targets):
         raise typer.Exit(1)
 

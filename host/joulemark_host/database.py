@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, IntegrityError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -75,16 +75,17 @@ def transaction(engine: Engine, write: bool = False) -> Generator[Connection, No
         raise Unavailable(
             f"the database does not answer: {text}", "what was sent is kept by its sender: try again"
         ) from error
-    except IntegrityError:
-        raise  # the caller's affair: another writer was faster
+    except PoolTimeout as error:
+        raise Unavailable("the database is busy: every connection is in use", "try again in a moment") from error
     except (OverflowError, DataError) as error:
         raise BadInput(
             "a number or a text is out of the range that can be kept", f"the database says: {error}"
         ) from error
     except (DatabaseError, *_UNREADABLE) as error:
+        # Damage is the base class itself; its other kinds are a row that is there already, or a statement of ours that is wrong.
+        if isinstance(error, DatabaseError) and type(error) is not DatabaseError:
+            raise
         raise Unavailable(f"the database is damaged: {_said(error)}", RESTORE) from error
-    except PoolTimeout as error:
-        raise Unavailable("the database is busy: every connection is in use", "try again in a moment") from error
 
 
 @contextmanager

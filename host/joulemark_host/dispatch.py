@@ -281,6 +281,11 @@ class Dispatch:
         with transaction(self._engine) as connection:
             return holdings.targets(connection, device_id, artifact_id)
 
+    def titles(self) -> dict[str, str]:
+        """What people call the artifacts of all targets and runs, by id."""
+        with transaction(self._engine) as connection:
+            return holdings.titles(connection)
+
     def rollouts(self, name: str | None = None) -> list[Rollout]:
         """All roll-outs, or the one of this name, as far as they are."""
         with transaction(self._engine, write=True) as connection:

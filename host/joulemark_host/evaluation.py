@@ -47,9 +47,7 @@ def push(
         device_id = client.device().device_id
         dispatch.push(device_id, subject.manifest, downgrade)
         order = dispatch.fetch_order(device_id, subject.artifact_id)
-    with transfer_bar(
-        console, f"push {subject.manifest.name} {subject.manifest.quantization} to {client.url}"
-    ) as progress:
+    with transfer_bar(console, f"push {subject.manifest.title} to {client.url}") as progress:
         missing = client.push_artifact(subject.artifact_id, subject.manifest, shelf.file, progress, order, limit_rate)
         for pack_id in subject.packs.values():
             client.push_pack(pack_id, shelf.pack_bytes(pack_id))

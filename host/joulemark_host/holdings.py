@@ -153,7 +153,7 @@ class Holdings:
         return row["state"] == "pending" and row["expires_at"] > self._clock()
 
     def _sign_anew(self, connection: Connection, row: RowMapping) -> None:
-        order = FetchOrder.model_validate_json(read_envelope(row["envelope"]).body())
+        order = _ordered(row["envelope"])
         self._order(connection, row["device_id"], order.manifest, order.downgrade)
 
     def _order(self, connection: Connection, device_id: str, manifest: Manifest, downgrade: bool) -> None:
@@ -199,9 +199,20 @@ def targets(connection: Connection, device_id: str | None, artifact_id: str | No
     return found
 
 
+def titles(connection: Connection) -> dict[str, str]:
+    """What people call the artifacts that any board was ever to hold, by id."""
+    one_each = sa.select(HOLDINGS.c.artifact_id, sa.func.max(HOLDINGS.c.envelope).label("envelope"))
+    rows = connection.execute(one_each.group_by(HOLDINGS.c.artifact_id)).all()
+    return {row.artifact_id: _ordered(row.envelope).manifest.title for row in rows}
+
+
 def progress(shown: Sequence[Target]) -> tuple[int, int]:
     """Bytes received and bytes in all, of those that were asked for."""
     return sum(t.received_bytes or 0 for t in shown), sum(t.size_bytes or 0 for t in shown)
+
+
+def _ordered(envelope: str) -> FetchOrder:
+    return FetchOrder.model_validate_json(read_envelope(envelope).body())
 
 
 def _rows(connection: Connection, device_id: str) -> Sequence[RowMapping]:

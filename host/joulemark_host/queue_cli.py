@@ -32,7 +32,6 @@ from joulemark_host.options import (
     terminal,
 )
 from joulemark_host.run_queue import QueuedRun
-from joulemark_host.shelf import Shelf
 
 app = commands("The workstation's side: what boards are to do.")
 runs_app = typer.Typer(invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -84,12 +83,11 @@ def sweep(
         added = sweeps.queue(dispatch, name, sweeps.cells(subjects, devices), options, retry_failed)
         console.print(f"✓ {added} runs queued, {len(dispatch.runs(name))} in all", markup=False)
         goes_on = f"the boards go on; `joulemark runs --sweep {name}` shows how far, `joulemark sweep --name {name} --cancel` ends it"
-        runs = (
-            watch_runs(console, lambda: dispatch.runs(name), shelf.titles(), goes_on) if wait else dispatch.runs(name)
-        )
+        titles = dispatch.titles()
+        runs = watch_runs(console, lambda: dispatch.runs(name), titles, goes_on) if wait else dispatch.runs(name)
     finally:
         dispatch.close()
-    _show_runs(runs, shelf, as_json)
+    _show_runs(runs, titles, as_json)
     if wait and any(run.status != "done" for run in sweeps.latest(runs)):
         raise typer.Exit(1)
 
@@ -100,7 +98,6 @@ def runs(
     sweep: Annotated[str | None, typer.Option(help="Only the runs of this sweep.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Also those that have ended.")] = False,
     data: DataOption = DEFAULT_DATA,
-    shelf_at: ShelfOption = None,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -109,10 +106,10 @@ def runs(
         return
     dispatch = open_dispatch(data, database)
     try:
-        found = dispatch.runs(sweep, open_only=not everything)
+        found, titles = dispatch.runs(sweep, open_only=not everything), dispatch.titles()
     finally:
         dispatch.close()
-    _show_runs(found, open_shelf(data, shelf_at), as_json)
+    _show_runs(found, titles, as_json)
 
 
 @runs_app.command()
@@ -161,16 +158,16 @@ def artifacts(
             if device_id is None or artifact_id is None:
                 raise NotFound("--forget needs --device and --model", "name the board and the artifact")
             dispatch.forget(device_id, artifact_id)
-        found = dispatch.targets(device_id, artifact_id)
+        found, titles = dispatch.targets(device_id, artifact_id), dispatch.titles()
     finally:
         dispatch.close()
     if as_json:
         sys.stdout.write(json.dumps([target.plain() for target in found], indent=2) + "\n")
         return
-    console = terminal()
-    console.print(
-        targets_table(found, shelf.titles()) if found else "nothing was pushed yet: `joulemark push`", markup=False
-    )
+    if artifact_id is not None:  # no board may have been asked to hold it
+        titles[artifact_id] = shelf.manifest(artifact_id).title
+    shown = targets_table(found, titles) if found else "nothing was pushed yet: `joulemark push`"
+    terminal().print(shown, markup=False)
 
 
 def push_by_name(
@@ -201,14 +198,14 @@ def run_by_name(
             dispatch.queue(device_id, spec, subject.manifest, task)
             run_ids.append(spec.run_id)
     try:
-        names = {subject.artifact_id: f"{subject.manifest.name} {subject.manifest.quantization}"}
-        return watch_runs(console, lambda: dispatch.runs(run_ids=run_ids), names)
+        titles = {subject.artifact_id: subject.manifest.title}
+        return watch_runs(console, lambda: dispatch.runs(run_ids=run_ids), titles)
     except KeyboardInterrupt:
         dispatch.cancel(run_ids)
-        leave("the runs are cancelled")
+        _leave("the runs are cancelled")
 
 
-def leave(then: str) -> NoReturn:
+def _leave(then: str) -> NoReturn:
     """Ends a command at Ctrl-C and says what becomes of what it watched."""
     sys.stderr.write(f"joulemark: stopped; {then}\n")
     raise SystemExit(INTERRUPTED)
@@ -221,7 +218,7 @@ def _interruptible(then: str | None) -> Generator[None, None, None]:
     except KeyboardInterrupt:
         if then is None:
             raise
-        leave(then)
+        _leave(then)
 
 
 def watch_runs(
@@ -281,11 +278,11 @@ def _patiently(look: Callable[[], list[Any]], before: list[Any]) -> list[Any]:
         return before
 
 
-def _show_runs(runs: Sequence[QueuedRun], shelf: Shelf, as_json: bool) -> None:
+def _show_runs(runs: Sequence[QueuedRun], titles: Mapping[str, str], as_json: bool) -> None:
     from joulemark_host.terminal import queue_table
 
     if as_json:
         sys.stdout.write(json.dumps([run.plain() for run in runs], indent=2) + "\n")
         return
     nothing = "no runs: `joulemark run` or `joulemark sweep` queues some"
-    terminal().print(queue_table(runs, shelf.titles()) if runs else nothing, markup=False)
+    terminal().print(queue_table(runs, titles) if runs else nothing, markup=False)

@@ -80,8 +80,6 @@ def rollout(
 
     Example: joulemark rollout small-q4 --stage canary --stage lab,attic --stage all --check arc_challenge --limit 20
     """
-    from joulemark_host.terminal import rollouts_table
-
     console, dispatch = terminal(as_json), open_dispatch(data, database)
     try:
         if model is not None and not (stop or resume):
@@ -95,22 +93,30 @@ def rollout(
                 raise BadInput("which roll-out?", "say --name; `joulemark rollout` lists them")
             dispatch.stop_rollout(name, getpass.getuser()) if stop else dispatch.resume_rollout(name)
         watched = wait and name is not None and not stop
-        if name is not None and not dispatch.rollouts(name):
-            raise NotFound(f"there is no roll-out {name!r}", "`joulemark rollout` lists them")
-        then = f"the roll-out goes on; `joulemark rollout --name {name}` shows it, --stop stops it"
-        found = (
-            watch(console, lambda: dispatch.rollouts(name), lambda f: rollouts_table(f, time.time()), _settled, then)
-            if watched
-            else dispatch.rollouts(name)
-        )
+        found = _look(dispatch, console, name, watched)
     finally:
         dispatch.close()
     if as_json:
         sys.stdout.write(json.dumps([rollout.plain() for rollout in found], indent=2) + "\n")
     else:
-        terminal().print(rollouts_table(found, time.time()) if found else "no roll-outs yet", markup=False)
+        terminal().print(_table(found) if found else "no roll-outs yet", markup=False)
     if watched and any(rollout.status == "stopped" for rollout in found):
         raise typer.Exit(1)
+
+
+def _look(dispatch: Dispatch, console: Any, name: str | None, watched: bool) -> list[Rollout]:
+    """How all roll-outs stand, or the one of this name, which may be `watched` until it has ended. Raises NotFound."""
+    found = dispatch.rollouts(name)
+    if name is not None and not found:
+        raise NotFound(f"there is no roll-out {name!r}", "`joulemark rollout` lists them")
+    then = f"the roll-out goes on; `joulemark rollout --name {name}` shows it, --stop stops it"
+    return watch(console, lambda: dispatch.rollouts(name), _table, _settled, then) if watched else found
+
+
+def _table(found: Sequence[Rollout]) -> Any:
+    from joulemark_host.terminal import rollouts_table
+
+    return rollouts_table(found, time.time())
 
 
 def _settled(rollouts: Sequence[Rollout]) -> bool:

@@ -49,7 +49,7 @@ class QueuedRun:
     @property
     def words(self) -> str:
         """Where it stands, for people: a run that a board holds is running, and in which phase."""
-        return f"{in_words(self.status)}: {self.phase}" if self.phase is not None else in_words(self.status)
+        return _standing(self.status, self.phase)
 
     def what(self, models: Mapping[str, str]) -> str:
         """What is run, for people. `models` are names by artifact id; one that is not on the shelf any more shows its id."""
@@ -73,9 +73,12 @@ def in_words(status: RunStatus) -> str:
 
 def row_in_words(row: RowMapping) -> str:
     """Where a run of the table stands, and how far it is."""
-    where = f"{in_words(row['status'])}: {row['phase']}" if row["phase"] is not None else in_words(row["status"])
     far = f", {row['items_done']} of {row['items_total']}" if row["items_total"] is not None else ""
-    return where + far
+    return _standing(row["status"], row["phase"]) + far
+
+
+def _standing(status: RunStatus, phase: str | None) -> str:
+    return f"{in_words(status)}: {phase}" if phase is not None else in_words(status)
 
 
 class RunQueue:

@@ -124,10 +124,6 @@ class Shelf:
                 found[artifact_id] = manifest
         return dict(sorted(found.items(), key=lambda item: (item[1].name, item[1].quantization, item[0])))
 
-    def titles(self) -> dict[str, str]:
-        """What people call the artifacts, by id, in the same order."""
-        return {key: f"{manifest.name} {manifest.quantization}" for key, manifest in self.artifacts().items()}
-
     def manifest(self, artifact_id: str) -> Manifest:
         """The manifest of an artifact. Raises NotFound, or DigestMismatch when its bytes are not what its id says."""
         name = _manifest_name(artifact_id)

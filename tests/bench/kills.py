@@ -17,7 +17,7 @@ A_ROUND = 250
 """Of a round's time about a minute is rest, in which everything arrives; so many kills come before it."""
 A_WORLD = 1000
 """After so many a new host and new boards begin, so that the books do not grow for hours."""
-WORLDS_AT_ONCE = 2
+WORLDS_AT_ONCE = 3
 
 
 def measure_kills(say: Callable[[str], None], kills: int = KILLS) -> Iterator[Figure]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 
 import pytest
 from rich import filesize
-from rich.console import Console
 
 from joulemark.errors import BadInput, Conflict, NotFound
 from joulemark.protocol import Holding, Report
@@ -15,12 +13,12 @@ from joulemark.signing import SigningKey
 from joulemark.wire import Problem, RunSpec, RunState, content_id
 from joulemark_host.dispatch import ADVANCE_EVERY_S, Dispatch
 from joulemark_host.registry import Registry
-from joulemark_host.rollout import Board as RolloutBoard
-from joulemark_host.rollout import Plan, Rollout, Stage
+from joulemark_host.rollout import Plan, Stage
 from joulemark_host.terminal import rollouts_table
 from tests.fixtures.boards_at_host import Board
 from tests.fixtures.clocks import Clock
 from tests.fixtures.grids import SMOL_Q8
+from tests.fixtures.screens import shown
 
 ARTIFACT = content_id(SMOL_Q8)
 FULL = Problem(code="no_space", message="the card is full", hint="use a larger one")
@@ -205,20 +203,10 @@ def test_of_a_board_that_is_waited_for_it_is_shown_what_it_is_at(fleet: Fleet, c
     assert rollout.stages[1][0].size_bytes is None
     assert rollout.plain()["stages"][0]["boards"][2]["check"] == "running: accuracy, 3 of 20"
 
-    out = io.StringIO()
-    Console(width=140, file=out).print(rollouts_table([rollout], clock() + 100))
-    text = out.getvalue()
+    text = shown(rollouts_table([rollout], clock() + 100))
     assert "running, 8 min left" in text and "b0" in text and "b3" not in text
     assert f"{filesize.decimal(size // 2)} of {filesize.decimal(size)}" in text
     assert "has it; check: running: accuracy, 3 of 20" in text
-
-
-def test_of_a_large_stage_only_some_boards_have_a_line():
-    boards = [RolloutBoard(f"d{number}", f"b{number}", "pending", None) for number in range(1000)]
-    plan = Plan(name="r", manifest=SMOL_Q8, stages=(Stage(words="all", device_ids=("d",)),))
-    out = io.StringIO()
-    Console(width=140, file=out).print(rollouts_table([Rollout(plan, "running", 0, "", 60.0, [boards])], 0.0))
-    assert "… 992 more" in out.getvalue() and len(out.getvalue().splitlines()) < 20
 
 
 def test_looking_changes_nothing(fleet: Fleet):

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import io
-
-from rich.console import Console
-
 from joulemark.metrics import METRICS
+from joulemark.protocol import DeviceRow
 from joulemark.wire import Absent, Problem
-from joulemark_host.terminal import absences, explanations, records_table, result_table
-from tests.fixtures.grids import run_facts
-
-
-def shown(table: object) -> str:
-    out = io.StringIO()
-    Console(width=160, file=out).print(table)
-    return " ".join(out.getvalue().split())
+from joulemark_host.rollout import Board, Plan, Rollout, Stage
+from joulemark_host.terminal import (
+    absences,
+    devices_table,
+    explanations,
+    records_table,
+    result_table,
+    rollouts_table,
+)
+from tests.fixtures.grids import SMOL_Q8, run_facts
+from tests.fixtures.screens import shown
 
 
 def test_results_stand_with_units_and_intervals():
@@ -50,3 +50,19 @@ def test_records_are_listed_with_their_state():
     assert "valid │ 40.0 % │ 50.0 tok/s" in text
     assert "failed │ – │ –" in text
     assert "not valid" in text
+
+
+def test_of_a_large_stage_only_some_boards_have_a_line():
+    boards = [Board(f"d{number}", f"b{number}", "pending", None) for number in range(1000)]
+    plan = Plan(name="r", manifest=SMOL_Q8, stages=(Stage(words="all", device_ids=("d",)),))
+    text = shown(rollouts_table([Rollout(plan, "running", 0, "", 600.0, [boards])], 0.0))
+    assert "│ all │ 1000 │ 0 │ 0 │ running, 10 min left" in text
+    assert "b7 │" in text and "b8 │" not in text and "… 992 more" in text
+
+
+def test_boards_are_listed_with_their_groups():
+    row = DeviceRow(
+        device_id="dev-1", name="pi5", admission="approved", problem=None, key_id="ab12", enrolled_at=0.0,
+        seen_at=90.0, address="192.0.2.5", facts=None, groups=("canary", "lab"),
+    )  # fmt: skip
+    assert "pi5 │ approved │ canary, lab │ ab12 │ 10 s ago │ 192.0.2.5" in shown(devices_table([row], 100.0))

@@ -15,7 +15,6 @@ from joulemark_host.access import Access
 from joulemark_host.dispatch import Dispatch
 from joulemark_host.queue_page import queue_page
 from joulemark_host.registry import Caller
-from joulemark_host.shelf import Shelf
 from joulemark_host.waiting import Waiting
 from joulemark_http.bodies import read_model
 from joulemark_http.interface import takes
@@ -24,7 +23,7 @@ LONGEST_WAIT_S = 55.0
 """Below the minute after which many routers forget a silent connection."""
 
 
-def create_router(dispatch: Dispatch, shelf: Shelf, access: Access, stopping: Callable[[], bool]) -> APIRouter:
+def create_router(dispatch: Dispatch, access: Access, stopping: Callable[[], bool]) -> APIRouter:
     """For boards, and for people who look. Whoever waits is sent away when the host is `stopping`."""
     router = APIRouter()
     board = access.guard("device")
@@ -55,14 +54,14 @@ def create_router(dispatch: Dispatch, shelf: Shelf, access: Access, stopping: Ca
 
     @router.get("/queue", response_class=HTMLResponse, dependencies=readers)
     def queue() -> str:
-        return queue_page("What waits and what is going on", dispatch.runs(open_only=True), shelf.titles())
+        return queue_page("What waits and what is going on", dispatch.runs(open_only=True), dispatch.titles())
 
     @router.get("/sweeps/{name}", response_class=HTMLResponse, dependencies=readers)
     def sweep(name: Annotated[str, Path(max_length=80)]) -> str:
         runs = dispatch.runs(name)
         if not runs:
             raise NotFound(f"there is no sweep {name!r}", "`joulemark sweep --name` makes one; /queue shows what waits")
-        return queue_page(f"Sweep {name}", runs, shelf.titles())
+        return queue_page(f"Sweep {name}", runs, dispatch.titles())
 
     @router.get("/api/runs", dependencies=readers)
     def runs(sweep: str | None = None) -> list[dict[str, Any]]:
