@@ -23,7 +23,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from joulemark.errors import BadInput, MissingExtra, NoSpace, Unavailable
 from joulemark_host.tables import ABOUT, METADATA, RECORDS
 
-LAYOUT = 3
+LAYOUT = 4
 PATIENCE_S = 30
 """How long a transaction waits for another writer."""
 _WRITERS = 0x6A6F756C
@@ -174,14 +174,21 @@ def _bring_up_to_date(connection: Connection, shown: str) -> None:
         connection.execute(sa.text("DROP INDEX IF EXISTS ix_records_task"))
         for column in ("body", "signature"):
             connection.execute(sa.text(f"ALTER TABLE records DROP COLUMN {column}"))
-    if int(found) < 3 and sa.inspect(connection).has_table("devices"):  # layout 3 has the boards' clocks
-        columns = {column["name"] for column in sa.inspect(connection).get_columns("devices")}
-        if "clock_ahead_s" not in columns:
-            connection.execute(sa.text("ALTER TABLE devices ADD COLUMN clock_ahead_s FLOAT"))
+    if int(found) < 3:  # layout 3 has the boards' clocks
+        _add_column(connection, "devices", "clock_ahead_s")
+    if int(found) < 4:  # layout 4 has the ends of roll-outs
+        _add_column(connection, "rollouts", "ended_at")
     if int(found) < LAYOUT:
         connection.execute(sa.update(ABOUT).where(ABOUT.c.key == "layout").values(value=str(LAYOUT)))
     for index in RECORDS.indexes:
         index.create(connection, checkfirst=True)
+
+
+def _add_column(connection: Connection, table: str, column: str) -> None:
+    """Adds a column of numbers; a table that was only made just now has it."""
+    known = sa.inspect(connection)
+    if known.has_table(table) and column not in {found["name"] for found in known.get_columns(table)}:
+        connection.execute(sa.text(f"ALTER TABLE {table} ADD COLUMN {column} FLOAT"))
 
 
 def _said(error: Exception) -> str:

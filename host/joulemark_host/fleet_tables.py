@@ -91,6 +91,7 @@ ROLLOUTS = sa.Table(
     sa.Column("stage", sa.Integer, nullable=False),
     sa.Column("begun_at", sa.Float, nullable=False),
     sa.Column("stage_begun_at", sa.Float, nullable=False),
+    sa.Column("ended_at", sa.Float),
 )
 
 CREDENTIALS = sa.Table(

@@ -131,7 +131,7 @@ class Rollouts:
         for run in self._checks(connection, plan, row["stage"]):
             if run["status"] in ("failed", "cancelled", "interrupted"):  # its name is free for another try
                 connection.execute(sa.update(RUNS).where(RUNS.c.number == run["number"]).values(sweep=None))
-        self._set(connection, name, status="running", problem="", stage_begun_at=self._clock())
+        self._set(connection, name, status="running", problem="", stage_begun_at=self._clock(), ended_at=None)
         self._begin_stage(connection, plan, row["stage"])
 
     def stop(self, connection: Connection, name: str, why: str) -> None:
@@ -147,7 +147,7 @@ class Rollouts:
             waits = held is not None and held["state"] == "pending"
             if waits and not run_queue.needing(connection, device_id, artifact_id):  # somebody else's run needs it
                 self._holdings.forget(connection, device_id, artifact_id)
-        self._set(connection, name, status="stopped", problem=why)
+        self._set(connection, name, status="stopped", problem=why, ended_at=self._clock())
 
     def advance(self, connection: Connection) -> None:
         """Looks at every roll-out that is going on: begins its next stage, ends it, or stops it."""
@@ -169,7 +169,8 @@ class Rollouts:
         """Judges one stage; whether the next one has begun."""
         if plan.check is not None:
             self._queue_checks(connection, plan, stage, plan.check)
-        boards = self._boards(connection, plan, stage, begun_at, begun=True)
+        late = self._clock() > begun_at + plan.timeout_s
+        boards = self._boards(connection, plan, stage, begun=True, late=late)
         good = [board for board in boards if board.state == "in_sync"]
         bad = [board for board in boards if board.state == "error"]
         if len(bad) > plan.errors * len(boards):
@@ -180,7 +181,7 @@ class Rollouts:
                 self.stop(connection, plan.name, _reason(plan.stages[stage].words, bad, len(boards)))
             return False
         if stage + 1 == len(plan.stages):
-            self._set(connection, plan.name, status="done")
+            self._set(connection, plan.name, status="done", ended_at=self._clock())
             return False
         self._set(connection, plan.name, stage=stage + 1, stage_begun_at=self._clock())
         self._begin_stage(connection, plan, stage + 1)
@@ -192,19 +193,19 @@ class Rollouts:
 
     def _shown(self, connection: Connection, row: RowMapping) -> Rollout:
         plan = _plan(row)
+        # Once it has ended, nobody is late any more; nor in a stage before, which went well without those who are still missing.
+        ends_at, now, current = row["stage_begun_at"] + plan.timeout_s, row["ended_at"] or self._clock(), row["stage"]
         stages = [
-            self._boards(connection, plan, number, row["stage_begun_at"], number <= row["stage"])
+            self._boards(connection, plan, number, number <= current, number == current and now > ends_at)
             for number in range(len(plan.stages))
         ]
-        ends_at = row["stage_begun_at"] + plan.timeout_s
         return Rollout(plan, row["status"], row["stage"], row["problem"], ends_at, stages)
 
-    def _boards(self, connection: Connection, plan: Plan, stage: int, begun_at: float, begun: bool) -> list[Board]:
+    def _boards(self, connection: Connection, plan: Plan, stage: int, begun: bool, late: bool) -> list[Board]:
         ids = plan.stages[stage].device_ids
         known = connection.execute(sa.select(DEVICES).where(DEVICES.c.device_id.in_(ids))).mappings().all()
         devices = {row["device_id"]: row for row in known}
         checks = {run["device_id"]: run for run in self._checks(connection, plan, stage)}
-        late = self._clock() > begun_at + plan.timeout_s
         return [self._board(connection, plan, i, devices.get(i), checks.get(i), begun, late) for i in ids]
 
     def _board(

@@ -247,6 +247,44 @@ def test_a_stopped_one_is_taken_up_again_where_it_was(fleet: Fleet, clock: Clock
         fleet.dispatch.resume_rollout("r")
 
 
+def test_whoever_is_missing_when_it_is_stopped_was_not_late(fleet: Fleet, clock: Clock):
+    fleet.dispatch.roll_out(fleet.plan([0, 1], [2], timeout_s=60))
+    fleet.says(0, "in_sync")
+    clock.now += 30
+    fleet.dispatch.stop_rollout("r", "somebody")
+    clock.now += 10_000
+    assert fleet.now() == ("stopped", 0, [["in_sync", "pending"], ["registered"]])
+    fleet.dispatch.resume_rollout("r")
+    assert fleet.now() == ("running", 0, [["in_sync", "pending"], ["registered"]])
+    clock.now += 61
+    late = fleet.now()
+    assert late == ("stopped", 0, [["in_sync", "error"], ["registered"]])
+    clock.now += 10_000
+    assert fleet.now() == late
+
+
+def test_a_book_without_the_ends_of_roll_outs_is_brought_up_to_date(fleet: Fleet, database: str, clock: Clock):
+    """Layout 3 had none."""
+    fleet.dispatch.roll_out(fleet.plan([0]))
+    with fleet.dispatch._engine.begin() as old:
+        old.exec_driver_sql("ALTER TABLE rollouts DROP COLUMN ended_at")
+        old.exec_driver_sql("UPDATE about SET value = '3' WHERE key = 'layout'")
+    for _ in range(2):
+        again = Dispatch(database, SigningKey(bytes(range(32))), clock)
+        assert [rollout.status for rollout in again.rollouts()] == ["running"]
+        again.close()
+    fleet.dispatch.stop_rollout("r", "somebody")
+    assert fleet.now() == ("stopped", 0, [["pending"]])
+
+
+def test_a_board_that_an_earlier_stage_went_well_without_is_not_late(fleet: Fleet, clock: Clock):
+    fleet.dispatch.roll_out(fleet.plan([0, 1], [2, 3], timeout_s=60, success=0.5, errors=0.5))
+    fleet.says(0, "in_sync")
+    fleet.says(2, "in_sync")
+    clock.now += 10_000
+    assert fleet.now() == ("done", 1, [["in_sync", "pending"], ["in_sync", "pending"]])
+
+
 def test_one_whose_time_is_over_is_taken_up_again_though_nobody_looked(fleet: Fleet, clock: Clock):
     fleet.dispatch.roll_out(fleet.plan([0], timeout_s=60))
     clock.now += 61
