@@ -5,6 +5,7 @@ Closes what a dead attempt left open, joins the attempts' traces where they shar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -24,6 +25,7 @@ from joulemark.wire import (
     Trace,
     Verdict,
 )
+from joulemark_agent.giving_up import unsaid
 from joulemark_agent.journal import Attempt, Journal
 from joulemark_agent.sampling import Row, merge
 from joulemark_agent.summary import summarise
@@ -78,7 +80,9 @@ def build_record(
     current = [entry for entry in traced if entry[0].clock.boot_id == boot]
     numbers = {attempt.number for attempt, _ in current}
     phases = tuple(phase for attempt, trace in current for phase in _phases(attempt, trace))
-    ended = [attempt.problem for attempt in attempts[:-1] if attempt.problem is not None]
+    ended = [
+        one.problem or unsaid(one.clock.boot_id, after.clock.boot_id) for one, after in itertools.pairwise(attempts)
+    ]
     record = RunRecord(
         spec=spec,
         manifest=manifest,

@@ -145,12 +145,31 @@ def test_power_cuts_between_which_an_item_was_finished_do_not_end_a_run(bench: B
     item = bench.run("whole").items[0]
     record = went_down(bench, ["boot-1", "boot-2", "boot-3", "boot-4"], {2: item})
     assert record.status == "done" and complete(record) and record.attempts == 5
+    assert [problem.code for problem in record.interruptions] == ["board_went_down"] * 4
 
 
 def test_a_run_that_the_agent_never_lives_through_says_so(bench: Bench) -> None:
     record = went_down(bench, [str(boot_id(Roots()))] * MAX_ATTEMPTS)
     assert record.status == "failed" and record.problem is not None and record.problem.code == "agent_stopped"
-    assert f"each of the run's {MAX_ATTEMPTS} attempts" in record.problem.message
+    assert f"each of the run's last {MAX_ATTEMPTS} attempts" in record.problem.message
+    assert record.attempts == MAX_ATTEMPTS
+
+
+def test_a_run_that_gets_on_is_begun_as_often_as_it_takes(bench: Bench) -> None:
+    whole = bench.run("whole").items
+    steps = {2 + 3 * index: item for index, item in enumerate(whole[:-1])}  # an item at every third attempt
+    record = went_down(bench, [str(boot_id(Roots()))] * (3 * SIZE), steps)
+    assert record.status == "done" and complete(record) and record.attempts == 3 * SIZE + 1 > MAX_ATTEMPTS
+    assert [problem.code for problem in record.interruptions] == ["agent_stopped"] * 3 * SIZE
+
+
+@pytest.mark.parametrize(("since", "status"), [(MAX_ATTEMPTS, "failed"), (MAX_ATTEMPTS - 1, "done")])
+def test_a_run_that_no_longer_gets_on_is_given_up_with_its_items(bench: Bench, since: int, status: str) -> None:
+    item = bench.run("whole").items[0]
+    record = went_down(bench, [str(boot_id(Roots()))] * (2 + since), {2: item})
+    assert record.status == status and record.items[0] == item
+    if status == "failed":
+        assert record.problem is not None and record.problem.code == "agent_stopped" and record.items == (item,)
 
 
 def test_a_hanging_worker_is_killed_and_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
