@@ -57,7 +57,7 @@ def create_app(
     app.add_middleware(_SecurityHeaders)  # the last added is the outermost, so refusals have the headers too
     _add_errors(app)
     _add_state(app, access)
-    app.include_router(shelf.create_router(artifacts, access))
+    app.include_router(shelf.create_router(artifacts, access, dispatch))
     app.include_router(record_routes.create_router(records, access, body_timeout_s, dispatch))
     app.include_router(grid.create_router(artifacts, records, access))
     if access.registry is not None and identity is not None:

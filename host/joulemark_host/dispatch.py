@@ -116,15 +116,30 @@ class Dispatch:
         with transaction(self._engine) as connection:
             return holdings.row_of(connection, device_id, artifact_id) is not None
 
-    def forget(self, device_id: str, artifact_id: str) -> None:
-        """Wants an artifact off a board. Raises NotFound, Conflict while a run there needs it."""
+    def may_fetch(self, device_id: str, sha256: str) -> bool:
+        """Whether a board may have this file or pack: it belongs to an artifact that the board is to hold, or to a run of its."""
+        with transaction(self._engine) as connection:
+            return sha256 in holdings.files(connection, device_id) or sha256 in run_queue.packs(connection, device_id)
+
+    def forget(self, artifact_id: str, *device_ids: str) -> list[str]:
+        """Wants an artifact off those of these boards that were to hold it, or off none; their names. Raises NotFound when there is no such
+        board, Conflict while a run needs it."""
+        names: list[str] = []
         with transaction(self._engine, write=True) as connection:
-            name = device_row(connection, device_id)["name"]
-            if holdings.row_of(connection, device_id, artifact_id) is None:
-                raise NotFound(f"artifact {artifact_id[:12]}… is not on {name!r}", "`joulemark artifacts` lists them")
-            if needed := run_queue.needing(connection, device_id, artifact_id):
-                raise Conflict(f"run {needed[0]} needs this artifact", "`joulemark runs cancel` it first")
-            self._holdings.forget(connection, device_id, artifact_id)
+            for device_id in device_ids:
+                name = device_row(connection, device_id)["name"]
+                if needed := run_queue.needing(connection, device_id, artifact_id):
+                    hint = "`joulemark runs cancel` it first; nothing was removed"
+                    raise Conflict(f"run {needed[0]} on {name!r} needs this artifact", hint)
+                row = holdings.row_of(connection, device_id, artifact_id)
+                if row is not None and row["state"] != "forgotten":
+                    self._holdings.forget(connection, device_id, artifact_id)
+                    names.append(name)
+        if not names:
+            raise NotFound(
+                f"artifact {artifact_id[:12]}… is on none of these boards", "`joulemark artifacts` lists where it is"
+            )
+        return names
 
     def queue(
         self, device_id: str, spec: RunSpec, manifest: Manifest, task: str = "", sweep: str | None = None

@@ -199,6 +199,12 @@ def targets(connection: Connection, device_id: str | None, artifact_id: str | No
     return found
 
 
+def files(connection: Connection, device_id: str) -> set[str]:
+    """The digests of the files that a board may fetch: those of the artifacts that it is to hold."""
+    kept = [row["envelope"] for row in _rows(connection, device_id) if row["state"] != "forgotten"]
+    return {entry.sha256 for envelope in kept for entry in _ordered(envelope).manifest.files}
+
+
 def titles(connection: Connection) -> dict[str, str]:
     """What people call the artifacts that any board was ever to hold, by id."""
     one_each = sa.select(HOLDINGS.c.artifact_id, sa.func.max(HOLDINGS.c.envelope).label("envelope"))

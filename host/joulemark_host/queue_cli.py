@@ -132,12 +132,12 @@ def cancel(
 
 @app.command()
 def artifacts(
-    device: Annotated[str | None, typer.Option(help="Only this board.")] = None,
+    device: Annotated[str | None, typer.Option(help="Only this board, or this group's.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Only this artifact (name, name:quantization or id), on all boards.")
     ] = None,
     forget: Annotated[
-        bool, typer.Option("--forget", help="Remove the artifact from the board (both have to be named).")
+        bool, typer.Option("--forget", help="Remove the artifact from the board or group (both have to be named).")
     ] = False,
     data: DataOption = DEFAULT_DATA,
     shelf_at: ShelfOption = None,
@@ -152,15 +152,16 @@ def artifacts(
 
     dispatch, shelf = open_dispatch(data, database), open_shelf(data, shelf_at)
     try:
-        device_id = next(iter(dispatch.devices(device))) if device is not None else None
+        chosen = dispatch.devices(device) if device is not None else None
         artifact_id = shelf.resolve(model) if model is not None else None
         if forget:
-            if device_id is None or artifact_id is None:
+            if chosen is None or artifact_id is None:
                 raise NotFound("--forget needs --device and --model", "name the board and the artifact")
-            dispatch.forget(device_id, artifact_id)
-        found, titles = dispatch.targets(device_id, artifact_id), dispatch.titles()
+            dispatch.forget(artifact_id, *chosen)
+        found, titles = dispatch.targets(artifact_id=artifact_id), dispatch.titles()
     finally:
         dispatch.close()
+    found = [target for target in found if chosen is None or target.device_id in chosen]
     if as_json:
         sys.stdout.write(json.dumps([target.plain() for target in found], indent=2) + "\n")
         return

@@ -66,6 +66,12 @@ class QueuedRun:
         }
 
 
+def packs(connection: Connection, device_id: str) -> set[str]:
+    """The packs of the runs that a board was ever given."""
+    asked = sa.select(RUNS.c.spec["pack_id"].as_string()).where(RUNS.c.device_id == device_id).distinct()
+    return set(connection.execute(asked).scalars())
+
+
 def in_words(status: RunStatus) -> str:
     """What a person calls a status."""
     return "running" if status == "leased" else status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from joulemark.protocol import EnrolmentAnswer, HostFacts
 from joulemark.signing import opened
 from joulemark.statements import DeviceStatement
 from joulemark.tls import fingerprint
+from joulemark.wire import Manifest, content_id
 from joulemark_host import identity
 from joulemark_host.access import Access
 from joulemark_host.api import create_app
@@ -153,11 +155,7 @@ def test_what_each_role_may_do(host: Host):
     for path in ("/", "/api/devices", "/openapi.json", "/api/records/run-1"):
         assert host.http.get(path, headers=board.headers).status_code == 403
     assert host.http.get(file, headers=viewer).status_code == 403
-    assert (
-        host.http.get(file, headers=operator).status_code
-        == host.http.get(file, headers=board.headers).status_code
-        == 200
-    )
+    assert host.http.get(file, headers=operator).status_code == 200
     assert host.http.put("/api/records/run-1", content=record, headers=viewer).status_code == 403
     for what in ("approve", "revoke", "rename?to=x"):
         for who in (viewer, board.headers):
@@ -168,6 +166,23 @@ def test_what_each_role_may_do(host: Host):
     assert host.http.post("/api/devices/pi5/rename?to=kitchen", headers=operator).json()["name"] == "kitchen"
     assert host.http.get("/api/devices/kitchen", headers=viewer).json()["admission"] == "approved"
     assert host.http.get("/api/devices/pi5", headers=viewer).status_code == 404
+
+
+def test_a_board_gets_the_files_that_were_issued_to_it_and_learns_nothing_of_others(host: Host):
+    one, two = host.board("one"), host.board("two")
+    assert host.begin(one) == host.begin(two) == 200
+    shelf = host.http.get("/api/artifacts", headers=host.person("viewer")).json()
+    (manifest,) = [Manifest.model_validate_json(json.dumps(entry)) for entry in shelf.values()]
+    host.dispatch.push(one.device_id, manifest)
+    file, nothing, pack = f"/api/files/{host.sha256}", f"/api/files/{'0' * 64}", f"/api/packs/{'0' * 64}"
+    for method in ("GET", "HEAD"):
+        assert host.http.request(method, file, headers=one.headers).status_code == 200
+        assert host.http.request(method, file, headers=two.headers).status_code == 403
+    answers = [host.http.get(path, headers=two.headers) for path in (file, nothing, pack)]
+    assert {answer.status_code for answer in answers} == {403}  # on the shelf or not: the same
+    assert all("was never issued to this board" in answer.json()["message"] for answer in answers)
+    for path in ("/api/artifacts", f"/api/artifacts/{content_id(manifest)}"):
+        assert host.http.get(path, headers=one.headers).status_code == 403
 
 
 def test_a_board_speaks_for_itself_only(host: Host):
@@ -190,7 +205,7 @@ def test_a_board_that_nobody_approved_gets_nothing_but_its_session(host: Host):
     assert host.begin(board) == 200
     for answer in (
         host.http.get(f"/api/files/{host.sha256}", headers=board.headers),
-        host.http.get("/api/artifacts", headers=board.headers),
+        host.http.get(f"/api/packs/{'0' * 64}", headers=board.headers),
         host.http.put("/api/records/run-1", content=b"{}", headers=board.headers),
     ):
         assert (answer.status_code, answer.json()["code"]) == (403, "pending_approval")
@@ -198,10 +213,10 @@ def test_a_board_that_nobody_approved_gets_nothing_but_its_session(host: Host):
 
 def test_a_board_opens_a_session_first(host: Host):
     board = host.board()
-    answer = host.http.get("/api/artifacts", headers=board.headers)
+    answer = host.http.get("/api/device/orders", headers=board.headers)
     assert answer.status_code == 409 and "session" in answer.json()["message"]
     assert host.begin(board) == 200
-    assert host.http.get("/api/artifacts", headers=board.headers).status_code == 200
+    assert host.http.get("/api/device/orders", headers=board.headers).status_code == 200
 
 
 def test_what_enrolment_gives_can_be_checked(host: Host):

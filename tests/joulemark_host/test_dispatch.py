@@ -91,7 +91,7 @@ def test_the_revision_rises_with_every_news(dispatch: Dispatch, boards: list[str
         lambda: dispatch.push(one, SMOL_Q8),
         lambda: dispatch.queue(one, spec("a"), SMOL_Q8),
         lambda: dispatch.report(one, says("a", "done")),
-        lambda: dispatch.forget(one, ARTIFACT),
+        lambda: dispatch.forget(ARTIFACT, one),
     ):
         change()
         seen.append(dispatch.revision(one))
@@ -332,10 +332,38 @@ def test_asking_twice_changes_nothing_and_mistakes_are_refused(dispatch: Dispatc
         dispatch.queue(one, spec("x", artifact_id="0" * 64), SMOL_Q8)
     with pytest.raises(NotFound):
         dispatch.queue("dev-none", spec("y"), SMOL_Q8)
-    with pytest.raises(Conflict, match="run a needs"):
-        dispatch.forget(one, ARTIFACT)
+    with pytest.raises(Conflict, match="run a on 'one' needs"):
+        dispatch.forget(ARTIFACT, one)
     with pytest.raises(NotFound):
         dispatch.fetch_order(two, ARTIFACT)
+
+
+def test_a_board_may_fetch_what_was_issued_to_it_and_no_more(dispatch: Dispatch, boards: list[str]):
+    one, two = boards
+    file = SMOL_Q8.files[0].sha256
+    assert not dispatch.may_fetch(one, file)
+    dispatch.push(one, SMOL_Q8)
+    dispatch.queue(two, spec("a", pack_id="d" * 64), SMOL_Q8)
+    assert [dispatch.may_fetch(one, name) for name in (file, "d" * 64)] == [True, False]
+    assert [dispatch.may_fetch(two, name) for name in (file, "d" * 64, ARTIFACT, "")] == [True, True, False, False]
+    dispatch.forget(ARTIFACT, one)
+    assert not dispatch.may_fetch(one, file) and dispatch.may_fetch(two, file)
+
+
+def test_an_artifact_goes_off_all_boards_of_a_group_or_off_none(dispatch: Dispatch, boards: list[str]):
+    one, two = boards
+    with pytest.raises(NotFound, match="on none of these"):
+        dispatch.forget(ARTIFACT, one, two)
+    dispatch.push(one, SMOL_Q8)
+    dispatch.queue(two, spec("a"), SMOL_Q8)
+    with pytest.raises(Conflict, match="run a on 'two'"):
+        dispatch.forget(ARTIFACT, one, two)
+    assert dispatch.orders(one).forget == () and len(dispatch.orders(one).fetch) == 1
+    dispatch.cancel(["a"])
+    assert dispatch.forget(ARTIFACT, one, two) == ["one", "two"]
+    assert dispatch.orders(one).forget == dispatch.orders(two).forget == (ARTIFACT,)
+    with pytest.raises(NotFound):
+        dispatch.forget(ARTIFACT, one, two)
 
 
 def test_boards_are_meant_by_name_id_group_or_all(dispatch: Dispatch, boards: list[str]):

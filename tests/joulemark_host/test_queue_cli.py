@@ -77,7 +77,7 @@ def test_ctrl_c_cancels_the_runs_of_run(
 def test_a_command_that_has_nothing_to_say_about_ctrl_c_is_spoken_for(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Dispatch, "targets", interrupted)
@@ -113,3 +113,23 @@ def test_a_queue_says_what_is_run_and_a_sweep_is_cancelled_by_its_name(desk: Des
     assert main(["sweep", "--name", "night", *at]) == 1 and "which models?" in capsys.readouterr().err
     assert main(["sweep", "--name", "night", "--cancel", *at]) == 0
     assert [run.status for run in desk.dispatch.runs()] == ["cancelled"]
+
+
+def test_what_a_group_holds_is_shown_and_removed_on_all_its_boards(desk: Desk, capsys: pytest.CaptureFixture[str]):
+    registry = Registry(database_url(desk.data, None), identity.read(identity_folder(desk.data)).fingerprint)
+    boards = {"pi5": desk.device_id}
+    for name in ("nano", "other"):
+        board = Board(name)
+        registry.enrol(board.enrolment(registry.issue_key("device", "test", approved=True)), "192.0.2.6")
+        boards[name] = board.device_id
+    registry.close()
+    desk.dispatch.group("lab", [boards["pi5"], boards["nano"]])
+    for device_id in boards.values():
+        desk.dispatch.push(device_id, desk.subject.manifest)
+    at = ["--data", str(desk.data)]
+    assert main(["artifacts", "--device", "lab", "--json", *at]) == 0
+    assert {target["device"] for target in json.loads(capsys.readouterr().out)} == {"pi5", "nano"}
+    assert main(["artifacts", "--device", "lab", "--model", "tiny", "--forget", *at]) == 0
+    assert {target.device: target.state for target in desk.dispatch.targets()} == {"other": "pending"}
+    assert main(["artifacts", "--device", "lab", "--model", "tiny", "--forget", *at]) == 1
+    assert "on none of these boards" in capsys.readouterr().err
