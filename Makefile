@@ -10,11 +10,14 @@ SOURCES := agent exporter host deploy tests
 demo: $(VENV)/.installed
 	$(BIN)/joulemark demo --out demo-output
 
-# Tests that mostly wait for processes run three at a time; those that compute or look at the clock one after the other.
+# Tests that mostly wait for processes run three at a time; those that compute on one core two at a time; those that look at the clock,
+# or compute on all cores, one after the other.
 WAITING := tests/browser tests/deploy tests/e2e tests/faults tests/joulemark_host
+COMPUTING := tests/contract tests/joulemark tests/joulemark_exporter tests/joulemark_http tests/study
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 3 $(WAITING)
-	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(WAITING))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(COMPUTING)
+	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(WAITING) $(COMPUTING))
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m tests.bench
