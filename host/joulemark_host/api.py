@@ -83,7 +83,7 @@ def _add_errors(app: FastAPI) -> None:
         status, problem, headers = problem_of(request, error)
         if "text/html" in request.headers.get("accept", "") and request.method == "GET":  # a person, not a program
             if status == 401:
-                return RedirectResponse("/enter", 303)
+                return RedirectResponse(entrance.way_in(request), 303)
             return HTMLResponse(error_page(status, problem.message, problem.hint), status, headers)
         return JSONResponse(problem.model_dump(), status, headers)
 

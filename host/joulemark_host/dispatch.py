@@ -265,10 +265,10 @@ class Dispatch:
             cancel = self._queue.to_cancel(connection, device_id, going_on)
             return ReportAnswer(cancel=cancel, host_time=self._clock())
 
-    def settle(self, run_id: str) -> None:
-        """A record of this run has arrived: its board may have the next one."""
+    def settle(self, run_id: str, items: tuple[int, int] | None = None) -> None:
+        """A record of this run has arrived: its board may have the next one. `items`: so many of so many, where no report said it."""
         with transaction(self._engine, write=True) as connection:
-            if (shown := self._queue.settle(connection, run_id)) is not None:
+            if (shown := self._queue.settle(connection, run_id, items)) is not None:
                 self._holdings.show(connection, *shown)
             self._rollouts.advance(connection)
 

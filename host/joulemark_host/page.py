@@ -67,9 +67,9 @@ def render(template: str, **context: Any) -> str:
     return _environment().get_template(template).render(**context)
 
 
-def entrance_page(message: str = "", hint: str = "") -> str:
-    """The page where a browser shows its one-time key; with what was wrong with the last one."""
-    return render("enter.html", message=message, hint=hint)
+def entrance_page(to: str, message: str = "", hint: str = "") -> str:
+    """The page where a browser shows its one-time key, on its way to the page `to`; with what was wrong with the last one."""
+    return render("enter.html", to=to, message=message, hint=hint)
 
 
 @cache

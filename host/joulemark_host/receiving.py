@@ -25,5 +25,6 @@ def receive(data: bytes, envelope: Envelope, records: Records, registry: Registr
     if device.admission != "approved":
         raise Forbidden(f"the board {device.name!r} is {device.admission}", "`joulemark devices` says why")
     created = records.put(data, run_id, origin_of(envelope, data, run_id, device.device_id, registry, dispatch))
-    dispatch.settle(run_id)
+    wanted = record.pack.size if record.spec.limit is None else min(record.pack.size, record.spec.limit)
+    dispatch.settle(run_id, (len(record.items), wanted))
     return created == "created"

@@ -267,8 +267,11 @@ def _state(
     if device is None or device["admission"] != "approved":
         word = device["admission"] if device is not None else "unknown here"
         return "error", Problem(code="no_part", message=f"the board is {word}", hint="`joulemark devices` says why")
-    if held is None or held["state"] in ("registered", "forgotten"):
+    if held is None or held["state"] == "forgotten":
         return "pending", None
+    if held["state"] == "registered":  # once ordered, that is what is left of an artifact that gave way
+        why, hint = "the board removed it to make room for another one", "give the board a larger store, then push it"
+        return "error", Problem(code="evicted", message=why, hint=hint)
     if held["state"] != "in_sync":
         return held["state"], Problem(**held["problem"]) if held["problem"] else None
     if plan.check is None or (check is not None and check["status"] == "done"):

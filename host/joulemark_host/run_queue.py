@@ -205,8 +205,11 @@ class RunQueue:
                 self._set(connection, row["run_id"], status="failed", lease_until=None, problem=problem)
             raise_revision(connection, device_id)
 
-    def settle(self, connection: Connection, run_id: str) -> tuple[str, str] | None:
-        """A record of this run has arrived: its board may have the next one. (board, artifact) of a run that was done, and so was there."""
+    def settle(
+        self, connection: Connection, run_id: str, items: tuple[int, int] | None = None
+    ) -> tuple[str, str] | None:
+        """A record of this run has arrived: its board may have the next one. (board, artifact) of a run that was done, and so was there.
+        `items`: how many are in the record, and of how many; where a board reports by itself, it has said that."""
         row = _row(connection, run_id)
         status = connection.execute(sa.select(RECORDS.c.status).where(RECORDS.c.run_id == run_id)).scalar()
         if row is None or status is None:
@@ -214,6 +217,8 @@ class RunQueue:
         if row["status"] not in ENDED:
             self._set(connection, run_id, status=status, lease_until=None)
             raise_revision(connection, row["device_id"])
+        if items is not None:
+            self._set(connection, run_id, items_done=items[0], items_total=items[1])
         return (row["device_id"], _spec(row).artifact_id) if status == "done" else None
 
     def expire(self, connection: Connection, problem: dict[str, Any]) -> list[str]:

@@ -97,6 +97,7 @@ def test_work_goes_out_and_records_come_back_on_a_stick(gap: AirGap):
     again = gap.at_host("import-results", str(gap.stick))
     assert again.returncode == 0 and "0 new records, 2 here already" in again.stdout
     assert {run.run_id: run.status for run in gap.host.dispatch.runs()} == {"one": "done", "two": "done"}
+    assert {(run.items_done, run.items_total) for run in gap.host.dispatch.runs()} == {(3, 3)}
     for run_id in ("one", "two"):
         record = RunRecord.model_validate_json(gap.host.records.raw(run_id))
         assert [item.doc_id for item in record.items] == [0, 1, 2]

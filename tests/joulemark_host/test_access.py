@@ -264,6 +264,37 @@ def test_a_browser_enters_with_a_key_looks_and_may_not_write(host: Host):
         assert answer.status_code == 403 and "<form" in answer.text
 
 
+def test_whoever_followed_a_link_gets_there_once_let_in(host: Host):
+    answer = host.http.get("/queue?a=1&b=%2F%2Fx", headers={"Accept": "text/html"})
+    assert (answer.status_code, answer.headers["location"]) == (303, "/enter?to=%2Fqueue%3Fa%3D1%26b%3D%252F%252Fx")
+    shown = host.http.get(answer.headers["location"]).text
+    assert 'name="to" value="/queue?a=1&amp;b=%2F%2Fx"' in shown
+    wrong = host.http.post("/enter", data={"name": "ann", "key": "nonsense", "to": "/queue"})
+    assert wrong.status_code == 403 and 'value="/queue"' in wrong.text
+    key = host.registry.issue_key("viewer", "test")
+    answer = host.http.post("/enter", data={"name": "ann", "key": key.text(), "to": "/queue"})
+    assert (answer.status_code, answer.headers["location"]) == (303, "/queue")
+
+
+@pytest.mark.parametrize(
+    "to",
+    [
+        "//evil.example",
+        "https://evil.example",
+        "/\\evil.example",
+        "javascript:alert(1)",
+        "/a\r\nX: y",
+        '/"><script>',
+        "",
+    ],
+)
+def test_the_way_in_leads_to_no_other_host(host: Host, to: str):
+    assert 'name="to" value="/"' in host.http.get("/enter", params={"to": to}).text
+    key = host.registry.issue_key("viewer", "test")
+    answer = host.http.post("/enter", data={"name": "ann", "key": key.text(), "to": to})
+    assert (answer.status_code, answer.headers["location"]) == (303, "/")
+
+
 def test_an_open_host_takes_everybody_for_its_operator(tmp_path: Path):
     records = Records(f"sqlite:///{tmp_path / 'records.db'}")
     http = TestClient(create_app(Shelf(tmp_path / "shelf"), records), base_url="http://127.0.0.1")

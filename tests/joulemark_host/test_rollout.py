@@ -120,6 +120,16 @@ def test_what_is_on_boards_already_stays_there(fleet: Fleet):
     assert fleet.dispatch.targets(fleet.ids[0])[0].state == "in_sync"
 
 
+def test_a_board_that_made_room_again_is_not_waited_for(fleet: Fleet):
+    fleet.dispatch.roll_out(fleet.plan([0, 1], [2]))
+    fleet.says(0, "in_sync")
+    fleet.says(0, "evicted")
+    status, stage, states = fleet.now()
+    assert (status, stage, states[0]) == ("stopped", 0, ["error", "pending"])
+    (rollout,) = fleet.dispatch.rollouts()
+    assert "b0: the board removed it to make room" in rollout.problem and fleet.asked() == []
+
+
 @pytest.mark.parametrize(
     ("success", "errors", "bad", "good", "status"),
     [

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlencode
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
@@ -24,6 +25,7 @@ from joulemark_http.bodies import read_body, read_model
 from joulemark_http.interface import takes, takes_form
 
 COOKIE_LIFE_S = 90 * 86_400
+_OURS = re.compile(r"/(?!/)[A-Za-z0-9._~/?=&%+:,-]{0,1000}", re.ASCII)
 
 
 def create_router(identity: HostIdentity, registry: Registry, access: Access) -> APIRouter:
@@ -48,19 +50,19 @@ def create_router(identity: HostIdentity, registry: Registry, access: Access) ->
             return await run_in_threadpool(_welcome, registry, asked.key, asked.name)
 
     @router.get("/enter", response_class=HTMLResponse)
-    def entrance() -> str:
-        return entrance_page()
+    def entrance(to: str = "/") -> str:
+        return entrance_page(_page_of_ours(to))
 
     @router.post("/enter", response_class=HTMLResponse, openapi_extra=takes_form("key", "name"))
     async def enter(request: Request) -> Response:
-        body = await read_body(request)
+        body, to = await read_body(request), "/"
         try:
             with _counted(access, request):
-                key, name = _form(body)
+                key, name, to = _form(body)
                 answer = await run_in_threadpool(_welcome, registry, key, _identifier(name))
         except JoulemarkError as error:
-            return HTMLResponse(entrance_page(error.message, error.hint), 403)
-        response = RedirectResponse("/", 303)
+            return HTMLResponse(entrance_page(to, error.message, error.hint), 403)
+        response = RedirectResponse(to, 303)
         secure = request.url.scheme == "https"
         response.set_cookie(
             COOKIE, answer.credential, COOKIE_LIFE_S, httponly=True, samesite="strict", secure=secure, path="/"
@@ -68,6 +70,17 @@ def create_router(identity: HostIdentity, registry: Registry, access: Access) ->
         return response
 
     return router
+
+
+def way_in(request: Request) -> str:
+    """Where a browser without a credential is sent, to come back to what it wanted."""
+    wanted = _page_of_ours(f"{request.url.path}?{request.url.query}".rstrip("?"))
+    return "/enter" if wanted == "/" else f"/enter?{urlencode({'to': wanted})}"
+
+
+def _page_of_ours(to: str) -> str:
+    """A path on this host; anything else that a link may say (another host, a script) becomes the first page."""
+    return to if _OURS.fullmatch(to) else "/"
 
 
 @contextmanager
@@ -87,13 +100,14 @@ def _welcome(registry: Registry, key: str, name: str) -> PersonAnswer:
     return PersonAnswer(credential=credential.text(), role=role)
 
 
-def _form(body: bytes) -> tuple[str, str]:
-    """The key and the name that a browser sends."""
+def _form(body: bytes) -> tuple[str, str, str]:
+    """The key, the name and the page to go on to that a browser sends."""
     try:
         fields = parse_qs(body.decode("utf-8", "replace"), max_num_fields=8)
     except ValueError as error:
         raise BadInput("this is not the form that was given", "go back and fill it in again") from error
-    return fields.get("key", [""])[0].strip(), fields.get("name", [""])[0].strip()
+    key, name, to = (fields.get(field, [""])[0].strip() for field in ("key", "name", "to"))
+    return key, name, _page_of_ours(to)
 
 
 def _identifier(name: str) -> str:
