@@ -73,7 +73,7 @@ def unsaid(boot_id: str, boot_after: str) -> Problem:
     return Problem(
         code=BOARD_WENT_DOWN,
         message="the board went down, or was switched off, while the run was going on",
-        hint="the run resumed at the next item when the board was up again; if nobody did it, look at the power supply",
+        hint="the run goes on at the next item; unless somebody switched the board off, look at its power supply",
         retryable=True,
     )
 

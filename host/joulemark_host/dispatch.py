@@ -117,14 +117,14 @@ class Dispatch:
             return holdings.row_of(connection, device_id, artifact_id) is not None
 
     def may_fetch(self, device_id: str, sha256: str) -> bool:
-        """Whether a board may have this file or pack: it belongs to an artifact that the board is to hold, or to a run of its."""
+        """Whether a board may have this file or pack: it is in an artifact that the board was ordered to hold, or is a run's pack."""
         with transaction(self._engine) as connection:
             return sha256 in holdings.files(connection, device_id) or sha256 in run_queue.packs(connection, device_id)
 
-    def forget(self, artifact_id: str, *device_ids: str) -> list[str]:
-        """Wants an artifact off those of these boards that were to hold it, or off none; their names. Raises NotFound when there is no such
-        board, Conflict while a run needs it."""
-        names: list[str] = []
+    def forget(self, artifact_id: str, *device_ids: str) -> None:
+        """Wants an artifact off those of these boards that were to hold it, or off none. Raises NotFound for a board that is not known, and
+        when none of them was to hold it; Conflict while a run needs it."""
+        found = False
         with transaction(self._engine, write=True) as connection:
             for device_id in device_ids:
                 name = device_row(connection, device_id)["name"]
@@ -134,12 +134,11 @@ class Dispatch:
                 row = holdings.row_of(connection, device_id, artifact_id)
                 if row is not None and row["state"] != "forgotten":
                     self._holdings.forget(connection, device_id, artifact_id)
-                    names.append(name)
-        if not names:
+                    found = True
+        if not found:
             raise NotFound(
                 f"artifact {artifact_id[:12]}… is on none of these boards", "`joulemark artifacts` lists where it is"
             )
-        return names
 
     def queue(
         self, device_id: str, spec: RunSpec, manifest: Manifest, task: str = "", sweep: str | None = None

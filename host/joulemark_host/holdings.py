@@ -200,7 +200,7 @@ def targets(connection: Connection, device_id: str | None, artifact_id: str | No
 
 
 def files(connection: Connection, device_id: str) -> set[str]:
-    """The digests of the files that a board may fetch: those of the artifacts that it is to hold."""
+    """The digests of the files that a board may fetch: those of every artifact that it was ordered to hold and not to remove."""
     kept = [row["envelope"] for row in _rows(connection, device_id) if row["state"] != "forgotten"]
     return {entry.sha256 for envelope in kept for entry in _ordered(envelope).manifest.files}
 

@@ -270,7 +270,10 @@ def _state(
     if held is None or held["state"] == "forgotten":
         return "pending", None
     if held["state"] == "registered":  # once ordered, that is what is left of an artifact that gave way
-        why, hint = "the board removed it to make room for another one", "give the board a larger store, then push it"
+        why, hint = (
+            "the board removed it to make room for another one",
+            "give the board a larger store, then `joulemark rollout --resume`",
+        )
         return "error", Problem(code="evicted", message=why, hint=hint)
     if held["state"] != "in_sync":
         return held["state"], Problem(**held["problem"]) if held["problem"] else None

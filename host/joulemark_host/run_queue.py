@@ -66,12 +66,6 @@ class QueuedRun:
         }
 
 
-def packs(connection: Connection, device_id: str) -> set[str]:
-    """The packs of the runs that a board was ever given."""
-    asked = sa.select(RUNS.c.spec["pack_id"].as_string()).where(RUNS.c.device_id == device_id).distinct()
-    return set(connection.execute(asked).scalars())
-
-
 def in_words(status: RunStatus) -> str:
     """What a person calls a status."""
     return "running" if status == "leased" else status
@@ -259,6 +253,12 @@ def needed(connection: Connection, device_id: str) -> tuple[str, ...]:
     """The artifacts that open runs of a board are about."""
     query = sa.select(RUNS).where(RUNS.c.device_id == device_id, RUNS.c.status.in_(OPEN))
     return tuple(sorted({_spec(row).artifact_id for row in connection.execute(query).mappings()}))
+
+
+def packs(connection: Connection, device_id: str) -> set[str]:
+    """The packs of the runs that a board was ever given."""
+    asked = sa.select(RUNS.c.spec["pack_id"].as_string()).where(RUNS.c.device_id == device_id).distinct()
+    return set(connection.execute(asked).scalars())
 
 
 def ordered(connection: Connection, run_id: str) -> str:

@@ -14,10 +14,6 @@ def test_random_kills_lose_nothing_and_double_nothing(tmp_path: Path):
     try:
         for _ in range(ROUNDS):
             world.round(KILLS)
-        assert set(world.failures) <= {
-            "worker_crashed",
-            "agent_stopped",
-        }  # killed too often; nothing else may make a run fail
         before = world.ended["done"]
         world.round(1)  # one kill makes no run fail
         assert world.ended["done"] - before >= 6
