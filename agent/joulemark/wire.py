@@ -320,6 +320,11 @@ class ItemRecord(Wire):
     problem: Problem | None = None
 
 
+Meaning = Literal["wall", "supply", "rail+fit", "rail", "package", "modelled", "unknown"]
+"""Where watts were measured, the most inclusive place first. wall: in front of the board's power supply; supply: all that flows into the
+board; rail: inside, behind regulators, a lower bound; rail+fit: rails put through a fit; package: the processor alone."""
+
+
 class Channel(Wire):
     """One column of a trace. `quantity` tells how to read it; `energy` is a running sum, never wrapping."""
 
@@ -327,7 +332,7 @@ class Channel(Wire):
     quantity: Literal["power", "energy", "temperature", "memory", "frequency", "share", "count", "flag"]
     unit: Literal["W", "J", "Cel", "By", "Hz", "1"]
     source: Title
-    meaning: Literal["wall", "rail", "rail+fit", "package", "modelled", "unknown"] | None = None
+    meaning: Meaning | None = None
     """For power and energy: what the joules are. `total` channels may be summed into the run's energy; parts may not."""
     total: bool = False
 
@@ -373,6 +378,8 @@ class DeviceFacts(Wire):
     operating_system: Title
     governor: Title | None = None
     power_mode: Title | None = None
+    clocks: Title | None = None
+    """The limits within which frequencies may move, as they were set when the record was made."""
     agent_version: Title
     meters: tuple[Channel, ...] = ()
     absent: dict[str, Absent] = {}

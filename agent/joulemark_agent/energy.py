@@ -5,7 +5,7 @@ Not aware of: metrics, scores, how channels were read. Units: seconds, watts, jo
 
 Rules
 * Only channels marked `total` are summed (wire.Channel). Totals of different meaning measure the same energy at
-  different places, so only those of the best meaning present count: wall, rail+fit, rail, package, modelled, unknown.
+  different places, so only those of the most inclusive meaning present count (wire.Meaning's order).
 * A phase that ran several times (a resumed run) is the sum of its windows, and every one must be covered.
 * A window must be covered to 95 % and hold two readings. An uncovered rest of at most 5 % is taken at the window's own
   mean power, which is unbiased when reads fail by chance; what was certainly used is kept as the lower bound.
@@ -17,16 +17,18 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
-from joulemark.wire import Absent, Phase, Trace
+from joulemark.wire import Absent, Meaning, Phase, Trace
 from joulemark_agent.statistics import WindowEnergy, counter_energy, percentile, power_energy
 
 REQUIRED_COVERAGE = 0.95
 GAP_INTERVALS = 5
 """Readings further apart than so many times a channel's own median spacing leave a gap."""
-MEANINGS = ("wall", "rail+fit", "rail", "package", "modelled", "unknown")
-_NOT_METERS = ("contention", "cpu", "memory", "thermal", "throttle")
+MEANINGS: tuple[str, ...] = get_args(Meaning)
+_NOT_METERS = (
+    "contention", "cpu", "devfreq", "memory", "overcurrent", "pi_throttling", "thermal", "throttle", "undervoltage"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from joulemark import __version__, plugins
 from joulemark.errors import BadInput, NotFound
 from joulemark.wire import Absent, Channel, DeviceFacts, Identifier, Metric, Title
-from joulemark_agent import machine
+from joulemark_agent import machine, tuning
 from joulemark_agent.sensors import SensorUse
 from joulemark_agent.sysfs import Roots
 
@@ -54,11 +54,13 @@ class Limits(_Table):
 
     temperature_c: Annotated[float, Field(gt=0, lt=200)] | None = None
     power_w: Annotated[float, Field(gt=0)] | None = None
+    start_temperature_c: Annotated[float, Field(gt=0, lt=200)] | None = None
+    """A run does not begin before every thermal zone is below."""
 
 
 class DeviceProfile(_Table):
     """One board. `sensors` are probed in order; `backends` is the order of preference; `idle_s` the idle window before
-    a run."""
+    a run. `memory_bytes` are the sizes that are sold, `memory_bandwidth` the maker's figure in bytes per second."""
 
     id: Identifier
     title: Title
@@ -67,6 +69,11 @@ class DeviceProfile(_Table):
     backends: Annotated[tuple[Identifier, ...], Field(min_length=1)]
     idle_s: Annotated[float, Field(ge=0.5, le=600)] = 3.0
     limits: Limits = Limits()
+    memory_bytes: tuple[Annotated[int, Field(ge=2**26, le=2**42)], ...] = ()
+    memory_bandwidth: Annotated[float, Field(gt=1e8, lt=1e13)] | None = None
+    power_modes: tuple[Title, ...] = ()
+    without_meter: Title | None = None
+    """Why the board has no meter of its own, and what to attach."""
 
 
 def profile_folder() -> Path:
@@ -194,6 +201,8 @@ def device_facts(
         kernel=machine.kernel(roots),
         operating_system=machine.operating_system(roots),
         governor=machine.governor(roots),
+        power_mode=tuning.power_mode(roots),
+        clocks=tuning.clock_limits(roots),
         agent_version=__version__,
         meters=tuple(channel for channel in meters if channel.quantity in ("power", "energy")),
         absent=dict(absent),

@@ -46,6 +46,11 @@ class NamesSensors(Protocol):
         """The plug-ins to probe, in order."""
         ...
 
+    @property
+    def without_meter(self) -> str | None:
+        """Why this board has no meter of its own, and what to attach."""
+        ...
+
 
 class Row(NamedTuple):
     """One tick: when, what every channel gave, and how long the reads took."""
@@ -72,7 +77,8 @@ def open_sensors(
     """The sensors of `profile` and `extra` (a replay for instance) that this machine offers, and why others are absent.
 
     `pid` is the worker's; `options` carries the clock. Sensors with total channels come first. Raises NotFound for a
-    sensor that is no plug-in, BadInput when two sensors offer a channel of the same name or a setting is malformed.
+    sensor that is no plug-in, BadInput when two sensors offer a channel of the same name or claim to measure the whole
+    board at the same place, or when a setting is malformed.
     """
     opened: list[Sensor] = []
     absent: dict[str, Absent] = {}
@@ -85,6 +91,8 @@ def open_sensors(
         except OSError as error:
             absent[use.use] = Absent(reason=f"could not be examined: {error}")
     _refuse_doubles(opened)
+    if profile.without_meter and not any(channel.total for sensor in opened for channel in sensor.channels):
+        absent["meter"] = Absent(reason=profile.without_meter)
     opened.sort(key=lambda sensor: not any(channel.total for channel in sensor.channels))
     return opened, absent
 
@@ -94,6 +102,17 @@ def _refuse_doubles(sensors: Sequence[Sensor]) -> None:
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise BadInput(f"two sensors offer the channel {doubled[0]!r}", "name each sensor once in the device profile")
+    claims: dict[str, str] = {}
+    for sensor in sensors:
+        for meaning, name in {
+            channel.meaning or "": channel.name for channel in sensor.channels if channel.total
+        }.items():
+            if meaning in claims:
+                raise BadInput(
+                    f"{claims[meaning]} and {name} both claim to be the whole board ({meaning}): it would be counted twice",
+                    "leave the `total` of one of them out in the device profile",
+                )
+            claims[meaning] = name
 
 
 def _clean(value: float | None) -> float:

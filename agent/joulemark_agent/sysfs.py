@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Reason = Literal["not there", "not permitted", "read error", "empty", "not a number", "sentinel"]
+Reason = Literal[
+    "not there", "not permitted", "read error", "empty", "not a number", "sentinel", "failed", "no answer in time"
+]
 
 NO_READING = -256_000.0
 """What thermal drivers report, in millidegrees, for a sensor that is powered down."""
@@ -32,12 +34,17 @@ def _machine() -> str:
 
 @dataclass(frozen=True)
 class Roots:
-    """Where the kernel's and the system's files are, and the architecture's name as `uname -m` gives it."""
+    """Where the kernel's and the system's files are, and the architecture's name as `uname -m` gives it.
+
+    `bin` is the one folder in which programs are looked for (a recorded board's answers); None: where the system has them.
+    """
 
     sys: Path = Path("/sys")
     proc: Path = Path("/proc")
     etc: Path = Path("/etc")
     run: Path = Path("/run")
+    var: Path = Path("/var")
+    bin: Path | None = None
     arch: str = field(default_factory=_machine)
 
 
@@ -102,6 +109,12 @@ def entries(folder: Path) -> list[Path]:
         return sorted(folder.iterdir(), key=_natural)
     except OSError:
         return []
+
+
+def hwmon_devices(roots: Roots, name: str | None = None) -> list[Path]:
+    """The hardware monitors' folders, of that name or all: their numbers change from boot to boot."""
+    found = entries(roots.sys / "class" / "hwmon")
+    return found if name is None else [device for device in found if text_or_none(device / "name") == name]
 
 
 def _natural(path: Path) -> tuple[tuple[int, int, str], ...]:

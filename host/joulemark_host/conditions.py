@@ -92,6 +92,7 @@ CONDITIONS: tuple[Condition, ...] = (
     Condition("threads", "threads", "device", COST),
     Condition("governor", "CPU governor", "device", COST),
     Condition("power_mode", "power mode", "device", COST),
+    Condition("clocks", "clock limits", "device", COST),
 )
 
 

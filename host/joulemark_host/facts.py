@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from joulemark.metrics import METRICS
 from joulemark.plain_text import printable, printable_problem
-from joulemark.wire import Absent, Measure, Metric, Problem, RunRecord
+from joulemark.wire import Absent, Meaning, Measure, Metric, Problem, RunRecord
 
 FACTS_VERSION = 2
 OUTCOMES = ("done", "failed")
@@ -113,6 +114,7 @@ def _conditions(record: RunRecord) -> dict[str, str]:
         "idle_window": f"{spec.idle_s:g} s",
         "governor": printable(device.governor or "") or "unknown",
         "power_mode": printable(device.power_mode or "") or "none",
+        "clocks": printable(device.clocks or "") or "unknown",
         "power_source": _power_source(record),
     }
     if record.engine is not None:
@@ -130,7 +132,7 @@ def _conditions(record: RunRecord) -> dict[str, str]:
 
 
 def _power_source(record: RunRecord) -> str:
-    """What the run's joules mean: the meanings of the channels that were summed into its energy."""
+    """What the run's joules mean: of the meanings of its totals the one whose channels were summed into its energy."""
     if record.trace is None:
         return "no meter"
     meanings = {
@@ -138,4 +140,4 @@ def _power_source(record: RunRecord) -> str:
         for channel in record.trace.channels
         if channel.total and channel.quantity in ("power", "energy")
     }
-    return " + ".join(sorted(meanings)) or "no meter"
+    return next((meaning for meaning in get_args(Meaning) if meaning in meanings), "no meter")

@@ -33,8 +33,8 @@ def profile(name: str, **rules: tuple[str, ...]) -> DeviceProfile:
     [
         (LAPTOP, "x86_64", "x86-rapl"),
         (BARE, "x86_64", "x86"),
-        (BARE, "aarch64", "generic"),
-        ({**BARE, **PI5}, "aarch64", "generic"),
+        (BARE, "aarch64", "arm64"),
+        ({**BARE, **PI5}, "aarch64", "raspberry-pi-5"),
         (BARE, "riscv64", "generic"),
     ],
 )
@@ -45,7 +45,7 @@ def test_shipped_profiles(tmp_path: Path, files: dict[str, str], arch: str, expe
 def test_the_folder_is_found_inside_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(profiles.profile_folder(), tmp_path / "joulemark_agent" / "device_profiles")
     monkeypatch.setattr(profiles, "_HERE", tmp_path / "joulemark_agent")
-    assert [p.id for p in load_profiles()] == ["generic", "x86", "x86-rapl"]
+    assert [p.id for p in load_profiles()] == sorted(path.stem for path in profiles.profile_folder().glob("*.toml"))
     monkeypatch.setattr(profiles, "_HERE", tmp_path / "nowhere" / "deep")
     with pytest.raises(NotFound, match="device_profiles is missing"):
         load_profiles()
@@ -163,7 +163,7 @@ def test_device_facts_of_a_fake_board(tmp_path: Path) -> None:
     assert facts.model_dump(exclude={"meters", "absent", "memory_bandwidth"}) == {
         "device_id": "dev-1",
         "name": "bench",
-        "profile": "generic",
+        "profile": "raspberry-pi-5",
         "title": "Raspberry Pi 5 Model B Rev 1.0",
         "arch": "aarch64",
         "cpu": "4 × Cortex-A76",
@@ -173,6 +173,7 @@ def test_device_facts_of_a_fake_board(tmp_path: Path) -> None:
         "operating_system": "Debian GNU/Linux 12 (bookworm)",
         "governor": None,
         "power_mode": None,
+        "clocks": None,
         "agent_version": __version__,
     }
     assert [channel.name for channel in facts.meters] == ["psu"]

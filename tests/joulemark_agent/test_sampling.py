@@ -287,6 +287,7 @@ def test_a_slow_disk_costs_no_ticks_and_a_failing_one_is_reported() -> None:
 @dataclass(frozen=True)
 class Profile:
     sensors: tuple[SensorUse, ...]
+    without_meter: str | None = None
 
 
 def test_open_sensors_says_what_is_absent_and_reads_totals_first(tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ CHANGES: list[tuple[str, dict[str, Any], set[str], set[str]]] = [
     ("threads", {"engine": {"threads": 4}}, {"decode_rate", "energy_per_token", "wall_time"}, {"accuracy"}),
     ("governor", {"device": LAB.model_copy(update={"governor": "powersave"})}, {"ttft_p50"}, {"accuracy"}),
     ("power_mode", {"device": LAB.model_copy(update={"power_mode": "7W"})}, {"itl_p95", "idle_power"}, {"accuracy"}),
+    ("clocks", {"device": LAB.model_copy(update={"clocks": "cpu fixed at 1.43 GHz"})}, {"itl_p95"}, {"accuracy"}),
     ("build", {"engine": {"build": "generic"}}, {"prefill_rate"}, {"accuracy"}),
     ("items", {"spec": {"limit": 3}}, {"accuracy", "wall_time", "peak_pss"}, {"decode_rate", "ttft_p50", "load_time"}),
     ("latency_plan", {"spec": {"latency": LatencyPlan(prompts=1)}}, {"decode_rate", "peak_pss"}, {"accuracy"}),

@@ -3,6 +3,7 @@
 Owns: the zones' names and which values are no readings. Not aware of limits or of throttling.
 Truth: Documentation/driver-api/thermal/sysfs-api.rst: `temp` is in millidegrees; a zone that is powered down fails to
 read or reports -256000. Zones are read twice a second, and more rarely where that is costly (ACPI runs firmware code).
+Settings: `skip`, types of zones that are no sensors (PMIC-Die of Jetson Nano and Xavier says 100 °C whatever happens).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from joulemark.errors import BadInput
 from joulemark.wire import Channel
 from joulemark_agent.sensors import NotPresent, Options, Pace, Sensor, Values, distinct, identifier
 from joulemark_agent.sysfs import NO_READING, KeptFile, Roots, entries, text_or_none
@@ -80,5 +82,17 @@ def probe(roots: Roots, options: Options) -> Sensor:
     folders = [f for f in entries(roots.sys / "class" / "thermal") if f.name.startswith("thermal_zone")]
     if not folders:
         raise NotPresent("the kernel offers no thermal zone in /sys/class/thermal")
-    types = [text_or_none(folder / "type") or folder.name for folder in folders]
-    return _Thermal(folders, types, options.clock)
+    skipped = _skipped(options)
+    named = [(folder, text_or_none(folder / "type") or folder.name) for folder in folders]
+    kept = [(folder, kind) for folder, kind in named if kind not in skipped]
+    if not kept:
+        raise NotPresent(f"every thermal zone is one that the profile skips: {', '.join(sorted(skipped))}")
+    return _Thermal([folder for folder, _ in kept], [kind for _, kind in kept], options.clock)
+
+
+def _skipped(options: Options) -> frozenset[str]:
+    skip = options.settings.get("skip", [])
+    good = isinstance(skip, list) and all(isinstance(kind, str) for kind in skip)
+    if not good or set(options.settings) - {"skip"}:
+        raise BadInput("sensor thermal: its one setting is skip = [zone types]", "correct the device profile")
+    return frozenset(skip)

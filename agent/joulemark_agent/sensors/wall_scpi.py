@@ -1,0 +1,133 @@
+"""A power meter or bench supply that speaks SCPI over a serial line, USB, or TCP: the power that it measures, in watts.
+
+Owns: asking and parsing one number. Not aware of the instrument's other functions: set range, averaging and mode on it beforehand.
+Settings: `port`, a device (/dev/ttyUSB0) or pyserial URL (socket://192.168.1.20:5025); `query` (default ":MEAS:POW?"; Yokogawa WT300:
+":NUM:NORM:VAL? 1"), `baud` (default 9600), `interval_s` (default 0.5), `timeout_s` (default 1), `meaning` = "wall" (default) or "supply"
+(it feeds the board directly). Needs the extra `meters` (pyserial) and, for a device, its group (dialout).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from joulemark.errors import BadInput
+from joulemark.wire import Channel
+from joulemark_agent.sensors import NotPresent, Options, Sensor, Values
+from joulemark_agent.sensors._polling import Poller
+from joulemark_agent.sysfs import Roots, Unreadable, parse_number
+
+_MOST_BYTES = 256
+_PLAUSIBLE_W = (-1.0, 4000.0)
+_OVERFLOW = 9.9e37
+"""SCPI's number for "over range"."""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    port: Annotated[str, Field(pattern=r"^(/dev/[A-Za-z0-9/_.:+-]{1,200}|socket://[A-Za-z0-9._:\[\]-]{1,200})$")]
+    query: Annotated[str, Field(pattern=r"^[ -~]{1,80}$")] = ":MEAS:POW?"
+    baud: Annotated[int, Field(ge=300, le=4_000_000)] = 9600
+    interval_s: Annotated[float, Field(ge=0.05, le=60)] = 0.5
+    timeout_s: Annotated[float, Field(ge=0.1, le=30)] = 1.0
+    meaning: Literal["wall", "supply"] = "wall"
+
+
+class _Line(Protocol):
+    def write(self, data: bytes, /) -> int | None: ...
+    def read_until(self, expected: bytes = ..., size: int | None = ...) -> bytes: ...
+    def reset_input_buffer(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def _open(settings: _Settings) -> _Line:
+    try:
+        import serial
+    except ImportError as error:
+        raise NotPresent("pyserial is not installed", "pip install 'joulemark[meters]'") from error
+    try:
+        opened: Any = serial.serial_for_url(
+            settings.port, baudrate=settings.baud, timeout=settings.timeout_s, write_timeout=settings.timeout_s
+        )
+    except (serial.SerialException, OSError, ValueError) as error:
+        hint = "check the cable and the port; a device needs its group: usermod -aG dialout joulemark"
+        raise NotPresent(f"the meter at {settings.port} cannot be opened: {error}", hint) from error
+    return opened
+
+
+class _Scpi:
+    def __init__(self, settings: _Settings, line: _Line) -> None:
+        self.settings = settings
+        self._line = line
+        source = f"SCPI meter at {settings.port}: {settings.query}"
+        self.channels = (
+            Channel(
+                name="meter.power",
+                quantity="power",
+                unit="W",
+                source=source[:200],
+                meaning=settings.meaning,
+                total=True,
+            ),
+        )
+        self._poller: Poller | None = None
+
+    def ask(self) -> Values | Unreadable:
+        """One reading, or why there is none. An answer that came too late is thrown away before the next question."""
+        self._line.reset_input_buffer()
+        self._line.write(self.settings.query.encode("ascii") + b"\n")
+        answer = self._line.read_until(b"\n", _MOST_BYTES)
+        if not answer.endswith(b"\n"):
+            return Unreadable(self.settings.port, "no answer in time", f"{self.settings.timeout_s:g} s")
+        power_w = parse_number(self.settings.port, answer.split(b",")[0].strip())
+        if isinstance(power_w, Unreadable):
+            return power_w
+        if abs(power_w) >= _OVERFLOW:
+            return Unreadable(self.settings.port, "sentinel", "over range")
+        if not _PLAUSIBLE_W[0] <= power_w <= _PLAUSIBLE_W[1]:
+            return Unreadable(self.settings.port, "failed", f"{power_w:g} W is implausible")
+        return (power_w,)
+
+    def begin(self, options: Options) -> None:
+        """Ask again and again from now on."""
+        self._poller = Poller(self.ask, self.settings.interval_s, options.clock)
+
+    def read(self) -> Values:
+        return (self._poller.take() if self._poller else None) or (None,)
+
+    def notes(self) -> dict[str, str]:
+        why = self._poller.explanation() if self._poller else None
+        return {"meter.power": why} if why else {}
+
+    def close(self) -> None:
+        if self._poller is not None:
+            self._poller.close()
+        self._line.close()
+
+
+def _settings(options: Options) -> _Settings:
+    if not options.settings:
+        raise NotPresent("no SCPI meter is named", 'say port = "/dev/ttyUSB0" in the device profile')
+    try:
+        return _Settings.model_validate(dict(options.settings))
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise BadInput(f"sensor wall_scpi: {where}: {fault['msg']}", "correct the device profile") from error
+
+
+def probe(roots: Roots, options: Options) -> Sensor:
+    """The meter, when it answers with a number now. Raises NotPresent with what it said instead."""
+    settings = _settings(options)
+    sensor = _Scpi(settings, _open(settings))
+    try:
+        first = sensor.ask()
+    except OSError as error:
+        first = Unreadable(settings.port, "read error", str(error))
+    if isinstance(first, Unreadable):
+        sensor.close()
+        raise NotPresent(f"the meter gives no power: {first}", "check query, baud rate and the meter's mode")
+    sensor.begin(options)
+    return sensor
