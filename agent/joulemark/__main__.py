@@ -26,6 +26,7 @@ class Command:
 
 
 _AGENT = "joulemark_agent.cli"
+_PROFILE = "joulemark_agent.profile_cli"
 _EXPORTER = "joulemark_exporter.cli"
 _HOST = "joulemark_host.cli"
 _FLEET = "joulemark_host.fleet_cli"
@@ -38,6 +39,9 @@ COMMANDS: dict[str, Command] = {
     "eval": Command(_AGENT, "agent", "evaluate a model file or an artifact here, without a host"),
     "verify": Command(_AGENT, "agent", "where a result or artifact comes from, offline; or compare with lm-eval"),
     "doctor": Command(_AGENT, "agent", "what this machine has, what it lacks, and what to do about it"),
+    "profile": Command(
+        _PROFILE, "agent", "what is known about this board's meters and limits: show, check, new, record"
+    ),
     "agent": Command(_AGENT, "agent", "serve this board: take models and tasks, run them, report"),
     "export": Command(_EXPORTER, "export", "turn a model into a verified artifact: fold, quantize, write, verify"),
     "adapter": Command(_EXPORTER, "export", "write a LoRA adapter as a GGUF file for hot-swapping"),

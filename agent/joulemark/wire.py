@@ -241,7 +241,8 @@ class RunSpec(Wire):
     pack_id: Sha256
     limit: Annotated[int, Field(ge=1)] | None = None
     latency: LatencyPlan = LatencyPlan()
-    idle_s: Annotated[float, Field(ge=0.5, le=600)] = 3.0
+    idle_s: Annotated[float, Field(ge=0.5, le=600)] | None = None
+    """The idle window before the run; None: what the board's profile says."""
     cooldown_s: Annotated[float, Field(ge=0, le=600)] = 1.0
     sample_hz: Annotated[float, Field(gt=0, le=100)] = 10.0
     backend: Identifier | None = None
@@ -255,6 +256,10 @@ class RunSpec(Wire):
     """The worker is killed when it has said nothing for so long."""
     timeout_s: Annotated[float, Field(gt=0)] = 86_400.0
     variant: Title = ""
+    cool_wait_s: Annotated[float, Field(ge=0, le=86_400)] = 600.0
+    """How long a board that is too warm to begin may take to cool down."""
+    anyway: bool = False
+    """Begin also while the supply's voltage is too low. The record says so and is invalid."""
 
 
 class EngineFacts(Wire):

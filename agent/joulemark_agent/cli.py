@@ -199,7 +199,10 @@ def evaluate(
     replay: Annotated[
         Path | None, typer.Option(help="Play this recorded trace back as a meter (results say so).")
     ] = None,
-    idle: Annotated[float, typer.Option(min=0.5, help="Seconds of idle window before the run.")] = 3.0,
+    idle: Annotated[
+        float | None, typer.Option(min=0.5, help="Seconds of idle window before the run; default: the profile's.")
+    ] = None,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Begin also while the supply's voltage is too low.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print summaries as JSON instead of a table.")] = False,
 ) -> None:
     """Evaluate a model on this machine: no host, no agent, the same worker, scorer, sampler and record as on a board.
@@ -219,6 +222,7 @@ def evaluate(
         context_tokens=context,
         backend=backend,
         idle_s=idle,
+        anyway=anyway,
     )
     names = [part.strip() for part in task.split(",") if part.strip()]
     if not names:

@@ -9,26 +9,21 @@ few seconds.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
 
 from joulemark import plugins
 from joulemark.errors import JoulemarkError
-from joulemark.wire import Absent, Channel
-from joulemark_agent import bandwidth, machine
+from joulemark.wire import Absent
+from joulemark_agent import bandwidth, board_findings, machine
+from joulemark_agent.engine_findings import engines, python_child
+from joulemark_agent.findings import Finding, in_units
+from joulemark_agent.profiles import DeviceProfile
 from joulemark_agent.sensors import NotPresent, Options, Sensor
 from joulemark_agent.sysfs import Roots, read_text
-
-Status = Literal["ok", "warning", "problem", "unknown"]
 
 _GIB = 1024**3
 _LEAST_FREE_BYTES = 2 * _GIB
@@ -36,60 +31,8 @@ _LEAST_AVAILABLE_BYTES = 512 * 1024**2
 _BUSY_SHARE = 0.05
 """Others' share of the machine from which figures suffer: llama.cpp's threads wait for each other at every layer."""
 _SAMPLE_S = 1.0
-_ENGINE_PATIENCE_S = 60.0
-
-
-@dataclass(frozen=True)
-class _Engine:
-    """`source` prints what is installed, as JSON; `opens` is what cannot be evaluated without it."""
-
-    source: str
-    package: str
-    opens: str
-    fix: str
-
-
-_ENGINES = {
-    "llama.cpp": _Engine(
-        """
-import json
-from llama_cpp import __version__, llama_cpp
-print(json.dumps({"version": __version__, "build": llama_cpp.llama_print_system_info().decode()}))
-""",
-        "llama-cpp-python",
-        "GGUF files",
-        "pip install 'joulemark[llama]', or `make install` in a checkout, which builds the engine once",
-    ),
-    "onnxruntime": _Engine(
-        """
-import json
-import onnxruntime, tokenizers
-print(json.dumps({"version": onnxruntime.__version__, "build": onnxruntime.get_build_info()}))
-""",
-        "onnxruntime",
-        "ONNX artifacts",
-        "pip install 'joulemark[onnx]'",
-    ),
-}
-
-
-_CRASHING = re.compile(r"\bAMX_INT8 = 1\b")
-"""In an engine's own words about its build."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One answer. `fix` is what to do about it, empty where there is nothing to do."""
-
-    area: str
-    status: Status
-    text: str
-    fix: str = ""
-
-
-def to_json(findings: Sequence[Finding]) -> str:
-    """The findings as an indented JSON array of objects."""
-    return json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False)
+_EARLIEST_S = 1_767_225_600.0
+"""2026-01-01: this program is younger."""
 
 
 def examine(
@@ -99,19 +42,26 @@ def examine(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
     clock_state: Callable[[], int] = machine.kernel_clock_state,
+    wall: Callable[[], float] = time.time,
     run_child: Callable[[str], str] | None = None,
 ) -> list[Finding]:
     """All findings, in a fixed order of areas. `run_child` runs Python source in a new process and gives its output."""
+    profile = board_findings.chosen_profile(roots)
     return [
         *_cores(roots),
+        board_findings.profile(profile),
         *_memory(roots),
-        *_bandwidth(roots),
+        *_bandwidth(roots, profile),
         *_governor(roots),
-        *_engines(run_child or python_child),
-        *_meters(roots, clock),
+        *board_findings.power_mode(roots),
+        *board_findings.supply(roots),
+        *board_findings.memory_control(roots),
+        *board_findings.desktop(roots),
+        *engines(run_child or python_child),
+        *board_findings.meters(profile, roots, clock, sleep),
         *_contention(roots, clock, sleep),
         *_pressure(roots),
-        *_clock(roots, clock_state),
+        *_clock(roots, clock_state, wall),
         *_disk(data_folder),
     ]
 
@@ -145,13 +95,14 @@ def _memory(roots: Roots) -> Iterator[Finding]:
         )
         return
     limit = machine.memory_limit_bytes(roots)
-    limited = f"; a cgroup limits this process to {_size(limit)}" if limit else ""
-    text = f"{_size(available)} of {_size(total)} are available{limited}"
+    limited = f"; a cgroup limits this process to {in_units(limit)}" if limit else ""
+    text = f"{in_units(available)} of {in_units(total)} are available{limited}"
     if min(available, limit or available) < _LEAST_AVAILABLE_BYTES:
         yield Finding("memory", "problem", text, "end other programs, or raise the limit: few models fit")
     else:
         yield Finding("memory", "warning" if limit else "ok", text, "raise the limit to use all of it" if limit else "")
     yield _swap(roots)
+    yield from board_findings.swap_on_card(roots)
 
 
 def _swap(roots: Roots) -> Finding:
@@ -164,18 +115,24 @@ def _swap(roots: Roots) -> Finding:
         return Finding(
             "swap",
             "warning",
-            f"{_size(total - free)} of {_size(total)} swap are in use: times of a run may hold waits for the disk",
+            f"{in_units(total - free)} of {in_units(total)} swap are in use: times of a run may hold waits for the disk",
             "end other programs, then empty it: swapoff -a && swapon -a",
         )
-    return Finding("swap", "ok", f"{_size(total)} swap, nearly unused")
+    return Finding("swap", "ok", f"{in_units(total)} swap, nearly unused")
 
 
-def _bandwidth(roots: Roots) -> Iterator[Finding]:
+def _bandwidth(roots: Roots, profile: DeviceProfile | JoulemarkError) -> Iterator[Finding]:
     measured = bandwidth.measure(roots)
     if isinstance(measured, Absent):
         yield Finding("memory bandwidth", "unknown", measured.reason)
+        return
+    stated = None if isinstance(profile, JoulemarkError) else profile.memory_bandwidth
+    text = f"{measured.value / 1e9:.2f} GB/s read ({measured.source})"
+    if stated is not None and measured.value > stated:
+        text += f", more than the {stated / 1e9:g} GB/s that the maker gives: caches were measured, or the profile is another board's"
+        yield Finding("memory bandwidth", "warning", text, "`joulemark profile check` says whether the profile fits")
     else:
-        yield Finding("memory bandwidth", "ok", f"{measured.value / 1e9:.2f} GB/s read ({measured.source})")
+        yield Finding("memory bandwidth", "ok", text)
 
 
 def _governor(roots: Roots) -> Iterator[Finding]:
@@ -189,106 +146,7 @@ def _governor(roots: Roots) -> Iterator[Finding]:
         yield Finding("governor", "warning", f"{name}: short measurements include the time of speeding up", fix)
 
 
-# --- engines ----------------------------------------------------------------------------------------------------------
-def python_child(source: str) -> str:
-    """What `source` prints in a new interpreter. Raises OSError or subprocess.SubprocessError when it does not end
-    well."""
-    done = subprocess.run(
-        [sys.executable, "-c", source],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=_ENGINE_PATIENCE_S,
-        check=True,
-        env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-    )
-    return done.stdout
-
-
-def _engines(run_child: Callable[[str], str]) -> Iterator[Finding]:
-    found = [_engine(f"engine {name}", engine, run_child) for name, engine in _ENGINES.items()]
-    yield from found
-    if all(finding.status != "ok" for finding in found):
-        yield Finding("engines", "problem", "none can be used: nothing can be evaluated", found[0].fix)
-
-
-def _engine(area: str, engine: _Engine, run_child: Callable[[str], str]) -> Finding:
-    try:
-        facts: Any = json.loads(run_child(engine.source).strip().rpartition("\n")[2])
-        text = f"{engine.package} {facts['version']}; {' '.join(str(facts['build']).split())}"
-    except subprocess.CalledProcessError as error:
-        return _failed_engine(area, engine, error)
-    except subprocess.TimeoutExpired:
-        return Finding(
-            area, "problem", f"it did not load within {_ENGINE_PATIENCE_S:g} s", "reinstall it: " + engine.fix
-        )
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        return Finding(area, "unknown", f"it could not be examined: {type(error).__name__}: {error}")
-    if _CRASHING.search(text):
-        fix = "build it without them: `make install` in a checkout, or pip with CFLAGS and CXXFLAGS=-U__AMX_INT8__"
-        return Finding(area, "problem", f"its AMX kernels crash with some models (llama.cpp #20824): {text}", fix)
-    return Finding(area, "ok", text)
-
-
-def _failed_engine(area: str, engine: _Engine, error: subprocess.CalledProcessError) -> Finding:
-    last = (error.stderr or "").strip().rpartition("\n")[2][:300]
-    if error.returncode < 0:
-        fix = "it was built for another processor: rebuild it on this machine, " + engine.fix
-        return Finding(area, "problem", f"it ended with signal {-error.returncode} while it was loaded. {last}", fix)
-    if "ModuleNotFoundError" in last:
-        return Finding(area, "warning", f"it is not installed: {engine.opens} cannot be evaluated", engine.fix)
-    return Finding(area, "problem", f"it cannot be loaded: {last}", "reinstall it: " + engine.fix)
-
-
 # --- meters and neighbours --------------------------------------------------------------------------------------------
-def _meters(roots: Roots, clock: Callable[[], float]) -> Iterator[Finding]:
-    totals: list[Channel] = []
-    for name in plugins.names("joulemark_agent.sensors"):
-        area = f"sensor {name}"
-        try:
-            options = Options(worker_pid=os.getpid(), clock=clock)
-            sensor: Sensor = plugins.load("joulemark_agent.sensors", name).probe(roots, options)
-        except NotPresent as reason:
-            yield Finding(area, "warning" if reason.hint else "unknown", reason.message, reason.hint)
-        except OSError as error:
-            yield Finding(area, "unknown", f"it could not be examined: {error}")
-        else:
-            totals += [channel for channel in sensor.channels if channel.total]
-            yield _sensor(area, sensor)
-            sensor.close()
-    yield _energy(totals)
-
-
-def _sensor(area: str, sensor: Sensor) -> Finding:
-    values = sensor.read()
-    shown = [f"{channel.name}{_shown(channel, value)}" for channel, value in zip(sensor.channels, values, strict=True)]
-    notes = sensor.notes()
-    text = ", ".join(shown) + ("".join(f"; {name}: {reason}" for name, reason in notes.items()))
-    return Finding(area, "ok", text)
-
-
-def _shown(channel: Channel, value: float | None) -> str:
-    if value is None or channel.quantity in ("energy", "share", "count", "flag"):
-        return ""
-    if channel.quantity == "memory":
-        return f" {_size(int(value))}"
-    if channel.quantity == "frequency":
-        return f" {value / 1e9:.2f} GHz"
-    return f" {value:.1f} °C" if channel.quantity == "temperature" else f" {value:.2f} {channel.unit}"
-
-
-def _energy(totals: Sequence[Channel]) -> Finding:
-    if not totals:
-        return Finding(
-            "energy",
-            "warning",
-            "no meter for the whole machine: records will have no joules",
-            "see the sensors above for what could be opened, or attach a meter and replay its recording",
-        )
-    meanings = ", ".join(f"{channel.name} ({channel.meaning})" for channel in totals)
-    return Finding("energy", "ok", f"joules are counted by {meanings}")
-
-
 def _contention(roots: Roots, clock: Callable[[], float], sleep: Callable[[float], None]) -> Iterator[Finding]:
     try:
         probe = plugins.load("joulemark_agent.sensors", "contention").probe
@@ -322,7 +180,11 @@ def _pressure(roots: Roots) -> Iterator[Finding]:
 
 
 # --- clock and disk ---------------------------------------------------------------------------------------------------
-def _clock(roots: Roots, clock_state: Callable[[], int]) -> Iterator[Finding]:
+def _clock(roots: Roots, clock_state: Callable[[], int], wall: Callable[[], float]) -> Iterator[Finding]:
+    if (now_s := wall()) < _EARLIEST_S:
+        day = time.strftime("%Y-%m-%d", time.gmtime(now_s))
+        fix = "a board without a battery clock needs a time service: timedatectl set-ntp true, and a network that lets NTP through"
+        yield Finding("date", "warning", f"the wall clock says {day}: it was never set since the board started", fix)
     synchronised = machine.clock_synchronised(roots, clock_state)
     if isinstance(synchronised, Absent):
         yield Finding("clock", "unknown", synchronised.reason)
@@ -344,7 +206,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
     except OSError as error:
         yield Finding("disk", "unknown", f"{folder}: {error}")
         return
-    text = f"{_size(free)} are free for {folder}"
+    text = f"{in_units(free)} are free for {folder}"
     if not os.access(existing, os.W_OK):
         fix = "choose another folder, or check its owner and whether its file system is mounted read-only"
         yield Finding("disk", "problem", f"{existing} cannot be written", fix)
@@ -357,7 +219,3 @@ def _disk(folder: Path) -> Iterator[Finding]:
 def _text(path: Path) -> str:
     text = read_text(path)
     return text if isinstance(text, str) else ""
-
-
-def _size(size: int) -> str:
-    return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / 1024**2:.0f} MiB"

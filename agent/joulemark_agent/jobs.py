@@ -20,7 +20,7 @@ from typing import Protocol
 from joulemark import packs
 from joulemark.errors import BadInput, DigestMismatch, JoulemarkError, NoSpace, NotFound, to_problem
 from joulemark.wire import Clock, DeviceFacts, Manifest, Metric, Problem, RunRecord, RunSpec, RunState
-from joulemark_agent import reporting
+from joulemark_agent import readiness, reporting
 from joulemark_agent.fitting import cache_budget, choose_backend, misfit
 from joulemark_agent.giving_up import lost, why_no_more
 from joulemark_agent.journal import Journal
@@ -118,6 +118,7 @@ class Jobs:
         self._stopping = threading.Event()
         self._cancelled: set[str] = set()
         self._undelivered: set[str] = set()
+        self._waits: dict[str, str] = {}
         self._trouble: str | None = None
         self._thread = threading.Thread(target=self._loop, name="jobs", daemon=True)
 
@@ -149,11 +150,15 @@ class Jobs:
 
     def state(self, run_id: str) -> RunState:
         """Raises NotFound."""
-        return self._journal.state(run_id)
+        return self._with_wait(self._journal.state(run_id))
 
     def states(self) -> tuple[RunState, ...]:
         """All runs in queue order."""
-        return tuple(self._journal.state(spec.run_id) for spec in self._journal.runs())
+        return tuple(self._with_wait(self._journal.state(spec.run_id)) for spec in self._journal.runs())
+
+    def _with_wait(self, state: RunState) -> RunState:
+        words = self._waits.get(state.run_id)
+        return state.model_copy(update={"message": words}) if words else state
 
     def record(self, run_id: str) -> bytes:
         """The record of an ended run. Raises NotFound before that."""
@@ -175,7 +180,7 @@ class Jobs:
     def current(self) -> tuple[RunSpec, RunState] | None:
         """The run that is going on, and how far it is."""
         running = self._journal.runs("running")
-        return (running[0], self._journal.state(running[0].run_id)) if running else None
+        return (running[0], self.state(running[0].run_id)) if running else None
 
     def needs(self, artifact_id: str) -> bool:
         """Whether a run that is not over yet is about this artifact: its record needs the manifest."""
@@ -224,6 +229,11 @@ class Jobs:
                     ended = refused
                     break
                 memory_bandwidth = memory_bandwidth or self._machine.bandwidth()
+                self._wait_until_cool(spec)
+                if self._stopping.is_set():
+                    return
+                if spec.run_id in self._cancelled:
+                    continue
                 ended = self._attempt(spec)
                 if ended.stopped:
                     return
@@ -247,7 +257,34 @@ class Jobs:
             return _Ended(hopeless)
         available = memory_field_bytes(self._machine.roots, "MemAvailable")
         problem = misfit(available, self._library.manifest(spec.artifact_id))
+        if problem is None and not spec.anyway:
+            problem = readiness.low_voltage(self._machine.profile, self._machine.roots)
         return _Ended(problem) if problem else None
+
+    def _wait_until_cool(self, spec: RunSpec) -> None:
+        """A warm board is given its time; what keeps the run waiting is shown as its phase."""
+
+        def go_on() -> bool:
+            return not self._stopping.is_set() and spec.run_id not in self._cancelled
+
+        def sleep(seconds: float) -> None:
+            self._stopping.wait(seconds)
+
+        machine = self._machine
+        readiness.wait_until_cool(
+            machine.profile,
+            machine.roots,
+            spec.cool_wait_s,
+            go_on,
+            lambda words: self._say(spec.run_id, words),
+            sleep=sleep,
+        )
+        self._waits.pop(spec.run_id, None)
+
+    def _say(self, run_id: str, words: str) -> None:
+        if run_id not in self._waits:
+            log.info("run %s: %s", run_id, words)
+        self._waits[run_id] = words
 
     def _backend(self, spec: RunSpec, manifest: Manifest) -> str:
         return choose_backend((spec.backend,) if spec.backend else self._machine.profile.backends, manifest.format)
@@ -261,6 +298,7 @@ class Jobs:
             manifest=manifest,
             backend=self._backend(spec, manifest),
             threads=spec.threads or usable_cores(self._machine.roots),
+            idle_s=spec.idle_s or self._machine.profile.idle_s,
             memory_bytes=cache_budget(available, manifest),
             model_path=str(self._library.model_path(spec.artifact_id)),
             pack_path=str(self._library.pack_path(spec.pack_id)),

@@ -18,7 +18,7 @@ from joulemark.wire import DeviceFacts, Manifest, Metric, RunRecord, RunSpec, Ru
 from joulemark_agent import bandwidth
 from joulemark_agent.jobs import Jobs, Machine
 from joulemark_agent.journal import Journal
-from joulemark_agent.profiles import device_facts, load_profiles, match
+from joulemark_agent.profiles import device_facts, load_profiles, match, own_folder
 from joulemark_agent.sampling import open_sensors
 from joulemark_agent.sysfs import Roots
 
@@ -59,7 +59,7 @@ def local_machine(
 ) -> Machine:
     """This machine, matched to its profile; its memory bandwidth is measured when a run begins. A host may give it another name at any
     time: then `name` is asked for."""
-    chosen = match(load_profiles(), roots, profile)
+    chosen = match(load_profiles(own=own_folder(roots)), roots, profile)
     sensors, absent = open_sensors(chosen, roots, None)
     channels = tuple(channel for sensor in sensors for channel in sensor.channels)
     for sensor in sensors:

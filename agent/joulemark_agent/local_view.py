@@ -26,6 +26,7 @@ from joulemark.metrics import METRICS
 from joulemark.plain_text import printable
 from joulemark.wire import Absent, Measure, Metric, RunRecord, RunSpec, RunState
 from joulemark_agent import doctor, local_run
+from joulemark_agent.findings import Finding, to_json
 from joulemark_agent.sysfs import Roots
 
 # What the table shows, in this order; the record has the rest.
@@ -294,14 +295,19 @@ def show_findings(roots: Roots, data: Path, as_json: bool) -> int:
     """The whole of `joulemark doctor`. Returns 1 when there is a problem."""
     findings = doctor.examine(roots, data)
     if as_json:
-        sys.stdout.write(doctor.to_json(findings) + "\n")
+        sys.stdout.write(to_json(findings) + "\n")
     else:
-        table = Table(show_lines=False)
-        table.add_column("area")
-        table.add_column("state")
-        table.add_column("finding", overflow="fold")
-        for finding in findings:
-            text = escape(finding.text) + (f"\n[bold]→ {escape(finding.fix)}[/]" if finding.fix else "")
-            table.add_row(escape(finding.area), _MARKS[finding.status], text)
-        Console().print(table)
+        Console().print(findings_table(findings))
     return 1 if any(finding.status == "problem" for finding in findings) else 0
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """Area, state, and what was found with what to do about it."""
+    table = Table(show_lines=False)
+    table.add_column("area")
+    table.add_column("state")
+    table.add_column("finding", overflow="fold")
+    for finding in findings:
+        text = escape(finding.text) + (f"\n[bold]→ {escape(finding.fix)}[/]" if finding.fix else "")
+        table.add_row(escape(finding.area), _MARKS[finding.status], text)
+    return table

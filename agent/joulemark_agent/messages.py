@@ -29,6 +29,7 @@ class EvaluateJob(Wire):
     pack_path: str
     done: tuple[int, ...] = ()
     latency_done: bool = False
+    idle_s: float = 3.0
 
 
 class ServeJob(Wire):

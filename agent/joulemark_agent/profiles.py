@@ -84,13 +84,19 @@ def profile_folder() -> Path:
     raise NotFound("the folder device_profiles is missing", "this is a packaging fault: reinstall joulemark")
 
 
-def load_profiles(folder: Path | None = None) -> tuple[DeviceProfile, ...]:
-    """All profiles of a folder (the shipped one by default), by id. Raises BadInput naming the file and the field."""
+def own_folder(roots: Roots) -> Path:
+    """Where the owner of this board puts profiles of their own: they win over shipped ones of the same name."""
+    return roots.etc / "joulemark" / "device_profiles"
+
+
+def load_profiles(folder: Path | None = None, own: Path | None = None) -> tuple[DeviceProfile, ...]:
+    """All profiles of a folder (the shipped one by default) and of the owner's, by id. Raises BadInput naming the file
+    and the field."""
     folder = folder or profile_folder()
-    profiles = tuple(read_profile(path) for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem))
-    if not profiles:
+    files = {path.stem: path for place in (folder, own) if place for path in place.glob("*.toml")}
+    if not files:
         raise NotFound(f"there is no device profile in {folder}", "add a TOML file, see device_profiles/generic.toml")
-    return profiles
+    return tuple(read_profile(path) for _, path in sorted(files.items()))
 
 
 def read_profile(path: Path) -> DeviceProfile:

@@ -63,7 +63,8 @@ _RECORDED = (
     "var/lib/nvpmodel/status",
 )
 _PROGRAMS = (("vcgencmd", "get_throttled"), ("vcgencmd", "pmic_read_adc"))
-_PRIVATE = re.compile(r"^(Serial|Hardware|Revision|Uid|Gid|Groups|Name|Pid|PPid|TracerPid|NSpid)\b.*$", re.MULTILINE)
+_PRIVATE = re.compile(r"^(Serial|Uid|Gid|Groups|Name|Pid|PPid|TracerPid|NSpid)\b.*\n?", re.MULTILINE)
+_ADDRESS = re.compile(r"\b[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}\b", re.ASCII)
 
 
 def record(roots: Roots, title: str, programs: dict[str, str]) -> str:
@@ -98,7 +99,7 @@ def _content(path: Path) -> str | None:
             text = (file.read(_FILE_BYTES) or b"").decode("utf-8", "replace")
     except OSError:
         return None
-    return _PRIVATE.sub("", text)
+    return _ADDRESS.sub("00:00:00:00:00:00", _PRIVATE.sub("", text))
 
 
 def plant(text: str, folder: Path) -> Roots:

@@ -110,7 +110,7 @@ def evaluate(job: EvaluateJob, around: Surroundings) -> None:
     chosen = pack.items[: spec.limit]
     done = set(job.done)
     with _phase("idle", around):
-        around.sleep(spec.idle_s)
+        around.sleep(job.idle_s)
     with _phase("load", around):
         options = Options(
             threads=job.threads,

@@ -18,6 +18,8 @@ Thresholds
 * Chance. One-sided exact binomial test at 5 %.
 * Truncation. The token limit belongs to the task, so some cut outputs belong to the score; above one in ten the score
   measures the limit. A score of 0 with any cut output is suspect at once (an engine that stops at 16 tokens scores 0).
+* Stuck meter. The same value for a whole minute of a measured phase, and in 60 readings, is a meter that stands still: under load power
+  moves by more than any meter's last digit. (A socket that rounds to whole watts may look like one: it is too coarse for joules.)
 * Coverage of 95 % and missed ticks of 5 %: the same share, seen from both sides.
 """
 
@@ -37,6 +39,8 @@ HALF_WIDTH = 0.07
 SIGNIFICANCE = 0.05
 CUT_OUTPUTS = 0.10
 MISSED_TICKS = 0.05
+STUCK_S = 60.0
+STUCK_READINGS = 60
 MEASURED_PHASES = ("latency", "accuracy")
 
 
@@ -46,6 +50,7 @@ class Limits:
 
     power_w: float | None = None
     temperature_c: float | None = None
+    start_temperature_c: float | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,19 @@ def _implausible(record: RunRecord, evidence: Evidence, limits: Limits) -> Itera
     hottest = evidence.metrics["peak_temperature"]
     if limits.temperature_c is not None and isinstance(hottest, Measure) and hottest.value > limits.temperature_c:
         yield f"too hot: {hottest.value:.1f} °C ({hottest.source}), the board's limit is {limits.temperature_c:g} °C"
+    start_c = _start_temperature(record)
+    if limits.start_temperature_c is not None and start_c is not None and start_c >= limits.start_temperature_c:
+        yield f"too warm at the start: {start_c:.1f} °C, below {limits.start_temperature_c:g} °C is required"
+
+
+def _start_temperature(record: RunRecord) -> float | None:
+    """The hottest zone's first reading of the first idle window, before the run itself warms anything."""
+    idle = next((phase for phase in record.phases if phase.name == "idle"), None)
+    if idle is None or record.trace is None:
+        return None
+    zones = [channel.name for channel in record.trace.channels if channel.quantity == "temperature"]
+    firsts = [found[0] for name in zones if (found := _readings(record.trace, name, idle))]
+    return max(firsts, default=None)
 
 
 # --- the trace --------------------------------------------------------------------------------------------------------
@@ -188,6 +206,38 @@ def _trace(record: RunRecord, evidence: Evidence) -> Iterator[str]:
             energy = evidence.energy[name]
             if isinstance(energy, Absent):
                 yield f"energy incomplete though there is a meter: {energy.reason}"
+        yield from _stuck(record, trace, evidence.meter)
+
+
+def _stuck(record: RunRecord, trace: Trace, meter: Meter) -> Iterator[str]:
+    """A total channel whose readings are all the same for a minute of a measured phase."""
+    for column in meter.columns:
+        for phase in _measured(record):
+            pairs = zip(trace.times_s, column.values, strict=True)
+            read = [
+                (time, value) for time, value in pairs if value is not None and phase.start_s <= time <= phase.end_s
+            ]
+            if longest := _longest_standstill(read):
+                seconds, readings = longest
+                yield (
+                    f"meter stuck: {column.name} gave the same value in {readings} readings over {seconds:.0f} s"
+                    f" of the {phase.name} phase"
+                )
+                break
+
+
+def _longest_standstill(read: Sequence[tuple[float, float]]) -> tuple[float, int] | None:
+    """(seconds, readings) of the longest stretch of equal values, when it is long enough to count."""
+    longest: tuple[float, int] | None = None
+    start = 0
+    for index in range(1, len(read) + 1):
+        if index < len(read) and read[index][1] == read[start][1]:
+            continue
+        stretch = (read[index - 1][0] - read[start][0], index - start)
+        if stretch[0] >= STUCK_S and stretch[1] >= STUCK_READINGS and (longest is None or stretch > longest):
+            longest = stretch
+        start = index
+    return longest
 
 
 def _measured(record: RunRecord) -> list[Phase]:
@@ -247,8 +297,9 @@ def _throttled(record: RunRecord, trace: Trace) -> Iterator[str]:
         for phase in _measured(record):
             first_s = _first_throttle(trace.times_s, values, phase, channel.quantity == "count")
             if first_s is not None:
+                what = "governor changed" if channel.name == "throttle.governor_changed" else "throttled"
                 yield (
-                    f"throttled: {channel.name} first at {first_s:.2f} s,"
+                    f"{what}: {channel.name} first at {first_s:.2f} s,"
                     f" {first_s - phase.start_s:.2f} s into the {phase.name} phase"
                 )
                 break

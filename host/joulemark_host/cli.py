@@ -143,6 +143,9 @@ def evaluate(
     context: Annotated[int | None, typer.Option(min=16, help="Context length; default: the model's own.")] = None,
     backend: Annotated[str | None, typer.Option(help="Engine; default: the board's first that opens the file.")] = None,
     variant: Annotated[str, typer.Option(help="A word for what is special here, such as 'with fan'.")] = "",
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Begin also on a board whose supply's voltage is too low (then INVALID).")
+    ] = False,
     data: DataOption = DEFAULT_DATA,
     shelf_at: ShelfOption = None,
     database: DatabaseOption = None,
@@ -158,7 +161,7 @@ def evaluate(
 
     shelf, records, console = open_shelf(data, shelf_at), open_records(data, database), terminal(as_json)
     options: dict[str, Any] = {"limit": limit, "threads": threads, "sequences": sequences, "variant": variant}
-    options |= {"context_tokens": context, "backend": backend}
+    options |= {"context_tokens": context, "backend": backend, "anyway": anyway}
     run_ids: list[str] = []
     dispatch = _signing_dispatch(data, database)
     try:

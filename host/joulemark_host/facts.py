@@ -111,7 +111,7 @@ def _conditions(record: RunRecord) -> dict[str, str]:
         "sequences": str(spec.sequences),
         "latency_plan": f"{plan.prompts} prompts × {plan.new_tokens} tokens after {plan.warmup} warm-up",
         "sample_rate": f"{spec.sample_hz:g} Hz",
-        "idle_window": f"{spec.idle_s:g} s",
+        "idle_window": f"{spec.idle_s:g} s" if spec.idle_s else "the board's own",
         "governor": printable(device.governor or "") or "unknown",
         "power_mode": printable(device.power_mode or "") or "none",
         "clocks": printable(device.clocks or "") or "unknown",

@@ -50,6 +50,9 @@ def sweep(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first documents of each task.")] = None,
     backend: Annotated[str | None, typer.Option(help="Engine; default: the board's first that opens the file.")] = None,
     variant: Annotated[str, typer.Option(help="A word for what is special here, such as 'with fan'.")] = "",
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Begin also on a board whose supply's voltage is too low (then INVALID).")
+    ] = False,
     retry_failed: Annotated[bool, typer.Option(help="Queue failed runs once more.")] = False,
     wait: Annotated[bool, typer.Option(help="Watch until every run has ended.")] = True,
     cancel: Annotated[bool, typer.Option("--cancel", help="End the sweep of this name instead.")] = False,
@@ -79,7 +82,7 @@ def sweep(
             raise BadInput("which models?", "name one at least; `joulemark publish --help` says what can be named")
         devices, shelf = dispatch.devices(to), open_shelf(data, shelf_at)
         subjects = [subject_of(shelf, model, task, console) for model in models]
-        options = {"limit": limit, "backend": backend, "variant": variant}
+        options = {"limit": limit, "backend": backend, "variant": variant, "anyway": anyway}
         added = sweeps.queue(dispatch, name, sweeps.cells(subjects, devices), options, retry_failed)
         console.print(f"✓ {added} runs queued, {len(dispatch.runs(name))} in all", markup=False)
         goes_on = f"the boards go on; `joulemark runs --sweep {name}` shows how far, `joulemark sweep --name {name} --cancel` ends it"

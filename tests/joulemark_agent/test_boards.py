@@ -27,6 +27,7 @@ from joulemark_agent.sensors import (
     pi_throttling,
     pmic,
     thermal,
+    throttle,
     undervoltage,
 )
 from joulemark_agent.sysfs import Roots
@@ -443,6 +444,30 @@ def test_a_mode_that_is_not_set_not_known_or_locked(tmp_path: Path) -> None:
 def test_devfreq_is_in_hertz(tmp_path: Path) -> None:
     sensor = devfreq.probe(board("jetson-orin-nano-jetpack6", tmp_path), Options())
     assert readings(sensor) == {"devfreq.17000000.gpu": 306e6}
+
+
+def test_a_changed_governor_is_seen(tmp_path: Path) -> None:
+    clock = HandClock()
+    sensor = throttle.probe(board("raspberry-pi-5-bookworm", tmp_path), Options(clock=clock))
+    assert readings(sensor)["throttle.governor_changed"] == 0.0
+    put(tmp_path, "sys/devices/system/cpu/cpufreq/policy0/scaling_governor", "powersave\n")
+    clock.wait(1.1)
+    assert readings(sensor)["throttle.governor_changed"] == 1.0
+    sensor.close()
+
+
+@pytest.mark.parametrize("kind", ["gpu-throttle-alert", "cpufreq-cpu0"])
+def test_a_jetson_that_slows_itself_down_shows_it(kind: str, tmp_path: Path) -> None:
+    roots = board("jetson-orin-nano-jetpack6", tmp_path)
+    clock = HandClock()
+    sensor = throttle.probe(roots, Options(clock=clock))
+    assert readings(sensor)["throttle.cooling"] == 0.0, "a fan is no throttling"
+    for device in (roots.sys / "class/thermal").glob("cooling_device*"):
+        if (device / "type").read_text().strip() == kind:
+            (device / "cur_state").write_text("1\n")
+    clock.wait(1)
+    assert readings(sensor)["throttle.cooling"] == 1.0
+    sensor.close()
 
 
 # --- hwmon ------------------------------------------------------------------------------------------------------------

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from joulemark.wire import Absent, Measure
 from joulemark_agent import bandwidth, doctor
-from joulemark_agent.doctor import Finding, examine, python_child, to_json
+from joulemark_agent.doctor import examine
+from joulemark_agent.engine_findings import python_child
+from joulemark_agent.findings import Finding, to_json
 from joulemark_agent.sysfs import Roots
+from tests.fixtures import trees
 from tests.fixtures.boards import BARE, LAPTOP, HandClock, plant, pressure, process
 
 
@@ -59,7 +64,7 @@ def test_an_engine_whose_kernels_crash_is_a_problem_and_says_how_to_build_it(tmp
 
 AREAS = {
     "machine", "cores", "memory", "swap", "memory bandwidth", "governor", "engine llama.cpp", "engine onnxruntime", "sensor contention",
-    "sensor cpu", "sensor memory", "sensor rapl", "sensor replay", "sensor thermal", "sensor throttle", "energy",
+    "sensor cpu", "sensor memory", "sensor thermal", "sensor throttle", "energy",
     "contention", "pressure stall information", "clock", "disk",
 }  # fmt: skip
 
@@ -67,6 +72,7 @@ AREAS = {
 def test_a_bare_board_is_answered_in_every_area(tmp_path: Path) -> None:
     found = ask(plant(tmp_path, BARE, "aarch64"), tmp_path)
     assert set(found) >= AREAS
+    assert found["profile"].status == "warning" and "joulemark profile new" in found["profile"].fix
     assert {area: found[area].status for area in AREAS} == {
         "machine": "ok",
         "cores": "ok",
@@ -79,8 +85,6 @@ def test_a_bare_board_is_answered_in_every_area(tmp_path: Path) -> None:
         "sensor contention": "ok",
         "sensor cpu": "unknown",
         "sensor memory": "ok",
-        "sensor rapl": "warning",
-        "sensor replay": "unknown",
         "sensor thermal": "unknown",
         "sensor throttle": "unknown",
         "energy": "warning",
@@ -239,3 +243,122 @@ def test_an_absent_bandwidth_is_unknown(tmp_path: Path, monkeypatch: pytest.Monk
 def test_findings_as_json() -> None:
     finding = Finding("clock", "warning", "5 °C", "do")
     assert json.loads(to_json([finding])) == [{"area": "clock", "status": "warning", "text": "5 °C", "fix": "do"}]
+
+
+# --- boards -----------------------------------------------------------------------------------------------------------
+def on_board(name: str, tmp_path: Path, **named: Any) -> dict[str, Finding]:
+    roots = trees.board(name, tmp_path / "board")
+    return ask(roots, tmp_path, **named)
+
+
+def states(found: dict[str, Finding]) -> dict[str, str]:
+    """The areas that are peculiar to boards."""
+    areas = ("profile", "power mode", "supply", "throttling", "swap on the card", "memory control", "desktop", "energy")
+    return {area: found[area].status for area in areas if area in found}
+
+
+@pytest.mark.parametrize("name", trees.NAMES)
+def test_every_board_is_answered_and_every_warning_has_advice(name: str, tmp_path: Path) -> None:
+    found = on_board(name, tmp_path)
+    assert all(f.fix for f in found.values() if f.status in ("warning", "problem"))
+    assert trees.PROFILES[name] in found["profile"].text
+
+
+def test_a_pi_whose_supply_was_weak_with_swap_on_its_card(tmp_path: Path) -> None:
+    found = on_board("raspberry-pi-4-bookworm", tmp_path)  # throttled=0x50000
+    assert states(found) == {
+        "profile": "ok",
+        "supply": "warning",
+        "throttling": "warning",
+        "swap on the card": "warning",
+        "memory control": "warning",
+        "energy": "warning",
+    }
+    assert "was too low since the boot" in found["supply"].text
+    assert "/var/swap" in found["swap on the card"].text
+    assert "cgroup_enable=memory" in found["memory control"].fix
+    assert "cannot measure its own power" in found["energy"].text
+
+
+@pytest.mark.parametrize(
+    ("bits", "supply", "throttling"),
+    [
+        ("0x0", "ok", "ok"),
+        ("0x50005", "problem", "problem"),
+        ("0x80008", "ok", "problem"),
+        ("0x80000", "ok", "warning"),
+    ],
+)
+def test_supply_and_throttling_of_a_pi(bits: str, supply: str, throttling: str, tmp_path: Path) -> None:
+    roots = trees.board("raspberry-pi-5-bookworm", tmp_path / "board")
+    trees.answer(roots, "vcgencmd", f'[ "$1" = get_throttled ] && echo throttled={bits} || cat {tmp_path / "pmic"}')
+    (tmp_path / "pmic").write_text(" VDD_CORE_A current(7)=2.0A\n VDD_CORE_V volt(15)=0.9V\n")
+    found = ask(roots, tmp_path, sleep=time.sleep)
+    assert (found["supply"].status, found["throttling"].status) == (supply, throttling)
+    assert "pmic.sum 1.80 W" in found["sensor pmic"].text
+    assert found["energy"].text == "joules are counted by pmic.sum (rail)"
+
+
+def test_swap_in_compressed_memory_is_not_on_the_card(tmp_path: Path) -> None:
+    assert "swap on the card" not in on_board("raspberry-pi-4-trixie", tmp_path)
+
+
+def test_a_jetson_with_over_current_events_and_its_mode(tmp_path: Path) -> None:
+    found = on_board("jetson-orin-nano-jetpack6", tmp_path)
+    assert states(found) == {"profile": "ok", "power mode": "ok", "supply": "warning", "energy": "ok"}
+    assert found["supply"].text.startswith("52 over-current or under-voltage events")
+    assert found["power mode"].text == "MAXN_SUPER (2)"
+    assert found["energy"].text == "joules are counted by ina3221.VDD_IN (rail)"
+
+
+def test_a_mode_that_was_never_chosen_names_the_choices(tmp_path: Path) -> None:
+    roots = trees.board("jetson-nano-jetpack4", tmp_path / "board")
+    (roots.var / "lib/nvpmodel/status").unlink()
+    found = ask(roots, tmp_path)["power mode"]
+    assert found.status == "warning"
+    assert "0: MAXN, 1: 5W" in found.fix
+
+
+def test_a_running_desktop(tmp_path: Path) -> None:
+    roots = trees.board("raspberry-pi-5-bookworm", tmp_path / "board")
+    for pid, name in (("811", "labwc"), ("812", "Xwayland"), ("9", "kworker")):
+        (roots.proc / pid).mkdir()
+        (roots.proc / pid / "comm").write_text(name + "\n")
+    found = ask(roots, tmp_path)["desktop"]
+    assert found.status == "warning"
+    assert "(Xwayland, labwc)" in found.text
+    assert "multi-user.target" in found.fix
+
+
+def test_a_clock_that_was_never_set(tmp_path: Path) -> None:
+    roots = trees.board("raspberry-pi-4-bookworm", tmp_path / "board")
+    clock = HandClock()
+    found = {
+        f.area: f
+        for f in examine(roots, tmp_path, clock=clock, sleep=clock.wait, run_child=good_engine, wall=lambda: 60.0)
+    }
+    assert "says 1970-01-01" in found["date"].text
+
+
+def test_a_bandwidth_beyond_the_makers_is_a_cache(tmp_path: Path) -> None:
+    found = on_board("raspberry-pi-3-bookworm", tmp_path)["memory bandwidth"]  # 12.5 GB/s measured, 3.6 stated
+    assert found.status == "warning"
+    assert "more than the 3.6 GB/s that the maker gives" in found.text
+
+
+def test_a_meter_that_the_profile_does_not_use_is_shown(tmp_path: Path) -> None:
+    roots = trees.board("arm64-virtual-machine", tmp_path / "board")
+    (roots.sys / "class/hwmon/hwmon0").mkdir(parents=True)
+    (roots.sys / "class/hwmon/hwmon0/name").write_text("rpi_volt\n")
+    (roots.sys / "class/hwmon/hwmon0/in0_lcrit_alarm").write_text("0\n")
+    assert "there, and not in the profile" in ask(roots, tmp_path)["sensor undervoltage"].text
+
+
+def test_a_malformed_profile_of_the_owner_is_a_problem(tmp_path: Path) -> None:
+    roots = trees.board("raspberry-pi-4-bookworm", tmp_path / "board")
+    own = roots.etc / "joulemark/device_profiles"
+    own.mkdir(parents=True)
+    (own / "raspberry-pi-4.toml").write_text("id = 3\n")
+    found = ask(roots, tmp_path)
+    assert found["profile"].status == "problem"
+    assert "raspberry-pi-4.toml" in found["profile"].text

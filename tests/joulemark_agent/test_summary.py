@@ -556,6 +556,56 @@ def test_power_and_temperature_beyond_the_board() -> None:
     only(clean_record(), "too hot: 55.5 °C", Limits(temperature_c=55.4))
 
 
+def test_too_warm_at_the_start() -> None:
+    """The first readings of the idle window count, of the hottest zone, and not what the run itself made warm."""
+    zone = Channel(name="thermal.second", quantity="temperature", unit="Cel", source="test")
+    values = [47.5 if time < 1000.3 else 90.0 for time in ONE_SECOND_STEP]
+    record = clean_record(trace=with_columns(watched_trace(), (zone, values)))
+    assert reasons(record, Limits(start_temperature_c=47.6)) == ()
+    only(record, "too warm at the start: 47.5 °C, below 47.5 °C is required", Limits(start_temperature_c=47.5))
+
+
+def long_metered(power_w: Any, seconds: float, step_s: float = 1.0) -> RunRecord:
+    """A clean record whose accuracy phase lasts `seconds`, with `power_w(time)` sampled every `step_s`."""
+    record = clean_record()
+    end_s = 1010.0 + seconds
+    phases = tuple(
+        phase.model_copy(update={"end_s": end_s})
+        if phase.name == "accuracy"
+        else phase.model_copy(update={"start_s": end_s, "end_s": end_s + 1})
+        if phase.name == "cooldown"
+        else phase
+        for phase in record.phases
+    )
+    times = [START_S + step_s * number for number in range(int((end_s + 2 - START_S) / step_s))]
+    channels = (
+        Channel(name="meter", quantity="power", unit="W", source="test", meaning="rail", total=True),
+        Channel(name="contention.other_cpu", quantity="share", unit="1", source="test"),
+    )
+    values = (tuple(power_w(time) for time in times), (0.0,) * len(times))
+    changes = {"channels": channels, "times_s": tuple(times), "values": values, "interval_s": step_s}
+    trace = watched_trace().model_copy(update={**changes, "read_times_s": (1e-4,) * len(times)})
+    return record.model_copy(update={"phases": phases, "trace": trace})
+
+
+def test_a_meter_that_stands_still_under_load_is_stuck() -> None:
+    only(
+        long_metered(lambda _: 4.125, 70),
+        "meter stuck: meter gave the same value in 71 readings over 70 s of the accuracy",
+    )
+    assert reasons(long_metered(lambda _: 4.125, 55)) == (), "a minute it takes"
+    assert reasons(long_metered(lambda time: 4.1 + 0.01 * (int(time) % 50 == 0), 200)) == (), "it moves now and then"
+    assert reasons(long_metered(lambda _: 4.125, 110, step_s=2.0)) == (), "too few readings to say so"
+
+
+def test_a_governor_that_changes_is_named_as_such() -> None:
+    flag = Channel(name="throttle.governor_changed", quantity="flag", unit="1", source="test")
+    values = [1.0 if time > 1012 else 0.0 for time in ONE_SECOND_STEP]
+    only(
+        clean_record(trace=with_columns(watched_trace(), (flag, values))), "governor changed: throttle.governor_changed"
+    )
+
+
 def test_items_with_problems() -> None:
     items = make_items("arc_challenge", 300, 150)
     only(

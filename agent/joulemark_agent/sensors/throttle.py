@@ -6,6 +6,7 @@ Owns: what counts as evidence. A frequency below its maximum does not: governors
   radios are cooling devices too and do not count; nor does "TCC Offset", whose state is a setting.
 - throttle.frequency_capped: 1 while a policy's `scaling_max_freq` is below what it was at the start: thermal pressure
   or a person lowered it during the run. A limit that was set before is a property of the device, not an event.
+- throttle.governor_changed: 1 while a policy's `scaling_governor` is another than at the start: somebody changed it during the run.
 - throttle.events: new events in x86's `core_throttle_count` and `package_throttle_count` since the start, read once a
   second (nothing is lost between, for the counters do not fall).
 
@@ -68,6 +69,27 @@ class _FrequencyCap:
         return float(any(khz < start for khz, start in known)) if known else None
 
 
+class _GovernorChanged:
+    def __init__(self, governors: list[tuple[KeptFile, bytes]], clock: Callable[[], float]) -> None:
+        self._pace = Pace(clock, _EVENTS_INTERVAL_S)
+        self.files = [file for file, _ in governors]
+        self._start = [name for _, name in governors]
+        self.channel = Channel(
+            name="throttle.governor_changed",
+            quantity="flag",
+            unit="1",
+            source="cpufreq: scaling_governor of a policy is not what it was at the start",
+        )
+
+    def read(self) -> float | None:
+        return self._pace.read(self._changed)
+
+    def _changed(self) -> float | None:
+        now = [(file.read(), start) for file, start in zip(self.files, self._start, strict=True)]
+        known = [(name, start) for name, start in now if not isinstance(name, Unreadable)]
+        return float(any(name != start for name, start in known)) if known else None
+
+
 class _Events:
     def __init__(self, counters: list[tuple[KeptFile, float]], clock: Callable[[], float]) -> None:
         self.files = [file for file, _ in counters]
@@ -95,8 +117,11 @@ class _Events:
         return self._sum
 
 
+_Part = _Cooling | _FrequencyCap | _GovernorChanged | _Events
+
+
 class _Throttle:
-    def __init__(self, parts: list[_Cooling | _FrequencyCap | _Events], missing: dict[str, str]) -> None:
+    def __init__(self, parts: list[_Part], missing: dict[str, str]) -> None:
         self.channels = tuple(part.channel for part in parts)
         self._parts = parts
         self._missing = missing
@@ -131,6 +156,13 @@ def _limits(roots: Roots) -> list[tuple[KeptFile, float]]:
     return [(file, khz) for file, khz in found if not isinstance(khz, Unreadable)]
 
 
+def _governors(roots: Roots) -> list[tuple[KeptFile, bytes]]:
+    folder = roots.sys / "devices" / "system" / "cpu" / "cpufreq"
+    files = [KeptFile(p / "scaling_governor") for p in entries(folder) if (p / "scaling_governor").exists()]
+    found = [(file, file.read()) for file in files]
+    return [(file, name) for file, name in found if not isinstance(name, Unreadable)]
+
+
 def _counters(roots: Roots) -> list[tuple[KeptFile, float]]:
     """One counter per core and per package: siblings repeat their core's, every processor repeats its package's."""
     seen: set[tuple[str, str, str]] = set()
@@ -148,7 +180,7 @@ def _counters(roots: Roots) -> list[tuple[KeptFile, float]]:
 
 def probe(roots: Roots, options: Options) -> Sensor:
     """What evidence this machine can give. Raises NotPresent when it can give none."""
-    parts: list[_Cooling | _FrequencyCap | _Events] = []
+    parts: list[_Part] = []
     missing: dict[str, str] = {}
     if cooling := _cooling(roots):
         parts.append(_Cooling(cooling, options.clock))
@@ -158,6 +190,8 @@ def probe(roots: Roots, options: Options) -> Sensor:
         parts.append(_FrequencyCap(limits, options.clock))
     else:
         missing["throttle.frequency_capped"] = "the kernel offers no cpufreq policy"
+    if governors := _governors(roots):
+        parts.append(_GovernorChanged(governors, options.clock))
     if counters := _counters(roots):
         parts.append(_Events(counters, options.clock))
     else:

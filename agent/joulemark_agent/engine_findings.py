@@ -1,0 +1,105 @@
+"""Which engines this machine can load, found out in a short child process each: an engine that crashes takes nobody along."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from joulemark_agent.findings import Finding
+
+_ENGINE_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """`source` prints what is installed, as JSON; `opens` is what cannot be evaluated without it."""
+
+    source: str
+    package: str
+    opens: str
+    fix: str
+
+
+_ENGINES = {
+    "llama.cpp": _Engine(
+        """
+import json
+from llama_cpp import __version__, llama_cpp
+print(json.dumps({"version": __version__, "build": llama_cpp.llama_print_system_info().decode()}))
+""",
+        "llama-cpp-python",
+        "GGUF files",
+        "pip install 'joulemark[llama]', or `make install` in a checkout, which builds the engine once",
+    ),
+    "onnxruntime": _Engine(
+        """
+import json
+import onnxruntime, tokenizers
+print(json.dumps({"version": onnxruntime.__version__, "build": onnxruntime.get_build_info()}))
+""",
+        "onnxruntime",
+        "ONNX artifacts",
+        "pip install 'joulemark[onnx]'",
+    ),
+}
+
+
+_CRASHING = re.compile(r"\bAMX_INT8 = 1\b")
+"""In an engine's own words about its build."""
+
+
+def python_child(source: str) -> str:
+    """What `source` prints in a new interpreter. Raises OSError or subprocess.SubprocessError when it does not end
+    well."""
+    done = subprocess.run(
+        [sys.executable, "-c", source],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=_ENGINE_PATIENCE_S,
+        check=True,
+        env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+    )
+    return done.stdout
+
+
+def engines(run_child: Callable[[str], str]) -> Iterator[Finding]:
+    """One finding an engine, and a problem when none can be used. `run_child` runs Python source and gives its output."""
+    found = [_engine(f"engine {name}", engine, run_child) for name, engine in _ENGINES.items()]
+    yield from found
+    if all(finding.status != "ok" for finding in found):
+        yield Finding("engines", "problem", "none can be used: nothing can be evaluated", found[0].fix)
+
+
+def _engine(area: str, engine: _Engine, run_child: Callable[[str], str]) -> Finding:
+    try:
+        facts: Any = json.loads(run_child(engine.source).strip().rpartition("\n")[2])
+        text = f"{engine.package} {facts['version']}; {' '.join(str(facts['build']).split())}"
+    except subprocess.CalledProcessError as error:
+        return _failed_engine(area, engine, error)
+    except subprocess.TimeoutExpired:
+        return Finding(
+            area, "problem", f"it did not load within {_ENGINE_PATIENCE_S:g} s", "reinstall it: " + engine.fix
+        )
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return Finding(area, "unknown", f"it could not be examined: {type(error).__name__}: {error}")
+    if _CRASHING.search(text):
+        fix = "build it without them: `make install` in a checkout, or pip with CFLAGS and CXXFLAGS=-U__AMX_INT8__"
+        return Finding(area, "problem", f"its AMX kernels crash with some models (llama.cpp #20824): {text}", fix)
+    return Finding(area, "ok", text)
+
+
+def _failed_engine(area: str, engine: _Engine, error: subprocess.CalledProcessError) -> Finding:
+    last = (error.stderr or "").strip().rpartition("\n")[2][:300]
+    if error.returncode < 0:
+        fix = "it was built for another processor: rebuild it on this machine, " + engine.fix
+        return Finding(area, "problem", f"it ended with signal {-error.returncode} while it was loaded. {last}", fix)
+    if "ModuleNotFoundError" in last:
+        return Finding(area, "warning", f"it is not installed: {engine.opens} cannot be evaluated", engine.fix)
+    return Finding(area, "problem", f"it cannot be loaded: {last}", "reinstall it: " + engine.fix)
