@@ -14,6 +14,7 @@ purge=no
 engine=yes
 start=yes
 source=$(dirname -- "$here")
+wheelhouse=
 # The system's own: one in a home folder (pyenv, conda) is out of the service's reach.
 python=/usr/bin/python3
 host_url=
@@ -36,6 +37,7 @@ usage: deploy/install.sh [options]
   --uninstall        remove service, rule and program; keep data and options
   --purge            with --uninstall: remove data, options and the user too
   --wheel FILE       install this joulemark wheel instead of the checkout beside this script
+  --wheelhouse DIR   install from these wheels alone: no compiler, no network (`joulemark wheelhouse build` makes them)
   --python PROGRAM   the Python to use, 3.10 or newer, outside home folders (default: /usr/bin/python3)
   --host-url URL     the host to enrol at, for example https://192.168.1.10:8443
   --enrol-key-file FILE  the one-time key that `joulemark host token` printed there; it is used, and removed, at the first start
@@ -72,7 +74,7 @@ need_value() {
     if [ $# -lt 2 ] || [ -z "$2" ]; then fail "$1 needs a value" "see --help"; fi
     # The agent's options end up on one line of a systemd environment file, where these characters cannot be kept apart.
     case $1:$2 in
-        --wheel:* | --python:* | --enrol-key-file:*) ;;
+        --wheel:* | --wheelhouse:* | --python:* | --enrol-key-file:*) ;;
         *[[:space:]\'\"\\\$]*) fail "$1: $2 has a space, a quote, a backslash or a dollar sign" "use a value without them" ;;
     esac
 }
@@ -87,6 +89,7 @@ read_options() {
             --no-start) start=no ;;
             --help | -h) usage && exit 0 ;;
             --wheel) need_value "$@" && source=$2 && shift ;;
+            --wheelhouse) need_value "$@" && wheelhouse=$2 && shift ;;
             --python) need_value "$@" && python=$2 && shift ;;
             --enrol-key-file) need_value "$@" && key_file=$2 && shift ;;
             --host-url) need_value "$@" && host_url=$2 && shift ;;
@@ -118,11 +121,13 @@ check_for_install() {
         /root/* | /home/* | /run/user/*)
             fail "$python lives in a home folder, where the service cannot reach it" "name another one with --python" ;;
     esac
-    if [ "$engine" = yes ] && ! have c++ && ! have g++ && ! have clang++; then
+    if [ -n "$wheelhouse" ]; then
+        check_wheelhouse
+    elif [ "$engine" = yes ] && ! have c++ && ! have g++ && ! have clang++; then
         fail "no C++ compiler was found, and the engine must be built" \
             "on Debian and Ubuntu: apt-get install g++; or leave the engine out with --no-engine"
     fi
-    case $source in
+    [ -n "$wheelhouse" ] || case $source in
         *.whl) [ -f "$source" ] || fail "$source does not exist" "give the path of a joulemark wheel" ;;
         *) [ -f "$source/pyproject.toml" ] || fail "$source is no wheel and no checkout" "give a wheel with --wheel FILE.whl" ;;
     esac
@@ -135,6 +140,21 @@ check_for_install() {
     fi
 }
 
+check_wheelhouse() {
+    [ -f "$wheelhouse/wheelhouse.json" ] || fail "$wheelhouse is no wheelhouse" "on the workstation: joulemark wheelhouse build --target BOARD"
+    machine=$(uname -m)
+    grep -q "\"arch\": \"$machine\"" "$wheelhouse/wheelhouse.json" \
+        || fail "$wheelhouse is for another machine than $machine" "on the workstation: joulemark wheelhouse build --target BOARD"
+    requirements=$wheelhouse/requirements-$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])').txt
+    # What the kernel says of the processor: a wheel for another one would die with SIGILL in its first run.
+    needed=$(sed -n 's/.*"hwcap": \([0-9]*\).*/\1/p' "$wheelhouse/wheelhouse.json")
+    has=$("$python" -c 'import ctypes; get = ctypes.CDLL(None).getauxval; get.restype = ctypes.c_ulong; print(get(16))')
+    [ $((has & ${needed:-0})) -eq "${needed:-0}" ] || fail "the engine in $wheelhouse is for another processor than this board's" \
+        "on the workstation: joulemark wheelhouse build --target for this very board"
+    [ -f "$requirements" ] || fail "the wheelhouse has no wheels for $("$python" -V)" \
+        "on the workstation: joulemark wheelhouse build --python VERSION; or use the bundle, which brings its own Python"
+}
+
 make_user() {
     if ! getent passwd "$user" >/dev/null; then
         run useradd --system --user-group --home-dir "$data" --no-create-home --shell /usr/sbin/nologin "$user"
@@ -144,6 +164,12 @@ make_user() {
 install_program() {
     if [ ! -x "$program/bin/python" ]; then run "$python" -m venv "$program"; fi
     pip="$program/bin/python -m pip --disable-pip-version-check install --quiet"
+    if [ -n "$wheelhouse" ]; then
+        # shellcheck disable=SC2086 # $pip is a command with its options
+        run $pip --no-index --no-deps --require-hashes --find-links "$wheelhouse" --requirement "$requirements"
+        try_engine
+        return
+    fi
     extras=agent
     if [ "$engine" = yes ]; then
         extras=agent,llama
@@ -155,6 +181,12 @@ install_program() {
     run $pip --upgrade "${source}[$extras]"
     # shellcheck disable=SC2086 # the same version may hold other files
     run $pip --force-reinstall --no-deps "$source"
+}
+
+try_engine() {
+    if [ "$dry_run" = yes ]; then return; fi
+    GGML_NO_BACKTRACE=1 "$program/bin/python" -c 'from llama_cpp import llama_cpp; llama_cpp.llama_backend_init()' \
+        || fail "the engine cannot be loaded" "the lines above say why"
 }
 
 install_data_folder() {

@@ -28,6 +28,7 @@ class Command:
 _AGENT = "joulemark_agent.cli"
 _PROFILE = "joulemark_agent.profile_cli"
 _EXPORTER = "joulemark_exporter.cli"
+_DEPLOY = "joulemark_deploy.cli"
 _HOST = "joulemark_host.cli"
 _FLEET = "joulemark_host.fleet_cli"
 _QUEUE = "joulemark_host.queue_cli"
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Command] = {
     "agent": Command(_AGENT, "agent", "serve this board: take models and tasks, run them, report"),
     "export": Command(_EXPORTER, "export", "turn a model into a verified artifact: fold, quantize, write, verify"),
     "adapter": Command(_EXPORTER, "export", "write a LoRA adapter as a GGUF file for hot-swapping"),
+    "wheelhouse": Command(_DEPLOY, "deploy", "wheels for boards, which then need no compiler: build, check"),
     "enrol": Command(_AGENT, "agent", "make this board known to a host, with a one-time key"),
     "run-bundle": Command(
         _AGENT, "agent", "on a board without a network: carry out a stick's orders, put records on it"

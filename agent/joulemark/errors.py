@@ -16,6 +16,7 @@
     ├── MissingExtra                  missing_extra ImportError     an optional part of the distribution is not installed
     ├── NoSpace                       no_space      OSError         the disk or the memory cannot hold it
     ├── Unavailable                   unavailable   ConnectionError a peer does not answer now; trying again is sensible
+    ├── ToolFailed                    tool_failed   RuntimeError    a program of somebody else's (compiler, ssh) ended with an error
     └── EngineFailed                  engine_failed RuntimeError    an engine refused, crashed, hung or ran out of memory
 
 `code` is stable and machine-readable; `hint` is the next step for a person; `retryable` tells a program whether the
@@ -149,6 +150,12 @@ class Unavailable(JoulemarkError, ConnectionError):
 
     code = "unavailable"
     retryable = True
+
+
+class ToolFailed(JoulemarkError, RuntimeError):
+    """Another program that was needed ended with an error; the message has its last words."""
+
+    code = "tool_failed"
 
 
 class EngineFailed(JoulemarkError, RuntimeError):

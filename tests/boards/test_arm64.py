@@ -1,0 +1,190 @@
+"""An arm64 board without a compiler: installed from a wheelhouse, enrolled at a real host, a real model evaluated, the record at the host.
+
+Emulated: what is checked is that it works, never how long it took.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from joulemark import documents, packs, sources
+from joulemark.tasks import arc_challenge
+from joulemark.wire import LatencyPlan, RunRecord, RunSpec
+from joulemark_agent.local_run import evaluate, local_machine, prepare
+from joulemark_agent.sysfs import Roots
+from joulemark_host.evaluation import Subject
+from tests.fixtures.agent_process import free_port
+from tests.fixtures.arm64 import Userland
+from tests.fixtures.host_process import HostProcess, wait_until
+
+pytestmark = pytest.mark.timeout(1700)
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+ITEMS = 3
+SMOLLM2 = "smollm2-135m-instruct-q4_1"
+QUICK = {"limit": ITEMS, "idle_s": 0.5, "cooldown_s": 0.0, "latency": LatencyPlan(prompts=1, new_tokens=2)}
+
+
+def install(userland: Userland, wheels: Path, cpu: str, *options: str) -> subprocess.CompletedProcess[str]:
+    script = [
+        "sh",
+        "/deploy/install.sh",
+        "--wheelhouse",
+        "/wheels",
+        "--python",
+        "/usr/bin/python3",
+        "--no-start",
+        *options,
+    ]
+    return userland.run(*script, cpu=cpu, shared={"/deploy": DEPLOY, "/wheels": wheels})
+
+
+@pytest.fixture(scope="session")
+def board(userland: Userland, wheelhouses: dict[str, Path]) -> Userland:
+    """A Raspberry Pi 4's userland with Joulemark on it."""
+    done = install(userland, wheelhouses["pi4"], "cortex-a72")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return userland
+
+
+def test_wheels_for_another_processor_are_refused_before_anything_is_changed(
+    userland: Userland, wheelhouses: dict[str, Path]
+) -> None:
+    before = {path.name for path in (userland.root / "opt").glob("*")}
+    done = install(userland, wheelhouses["pi5"], "cortex-a72")
+    assert done.returncode == 1
+    assert "is for another processor than this board's" in done.stderr
+    assert "joulemark wheelhouse build --target" in done.stderr
+    assert {path.name for path in (userland.root / "opt").glob("*")} == before
+    assert install(userland, wheelhouses["pi5"], "cortex-a76", "--dry-run").returncode == 0
+
+
+def test_the_board_needs_no_compiler_and_no_network(board: Userland) -> None:
+    assert not list((board.root / "usr/bin").glob("*gcc*")) and not list((board.root / "usr/bin").glob("c++*"))
+    done = board.run("/opt/joulemark/bin/joulemark", "--version")
+    assert done.stdout.startswith("joulemark ")
+    unit = board.root / "etc/systemd/system/joulemark-agent.service"
+    assert unit.read_text() == (DEPLOY / "joulemark-agent.service").read_text()
+
+
+def test_the_doctor_on_the_board_finds_both_engines(board: Userland) -> None:
+    done = board.run("/opt/joulemark/bin/joulemark", "doctor", "--json")
+    found = {finding["area"]: finding for finding in json.loads(done.stdout)}
+    assert found["profile"]["text"].startswith("64-bit ARM board")
+    for engine in ("engine llama.cpp", "engine onnxruntime"):
+        assert found[engine]["status"] == "ok", found[engine]
+    assert "NEON = 1" in found["engine llama.cpp"]["text"]
+    assert "DOTPROD" not in found["engine llama.cpp"]["text"]
+
+
+@contextmanager
+def agent(board: Userland, host: HostProcess, folder: Path, name: str) -> Iterator[None]:
+    """The installed agent inside, enrolling at the host with a one-time key."""
+    keys = folder / "keys"
+    keys.mkdir()
+    host.key_file(keys / "board.key")
+    command = [
+        "/opt/joulemark/bin/joulemark",
+        "agent",
+        "--data",
+        f"/var/lib/{name}",
+        "--listen",
+        f"127.0.0.1:{free_port()}",
+    ]
+    command += ["--host-url", host.url, "--enrol-key-file", "/keys/board.key", "--name", name]
+    log = (folder / "agent.log").open("wb")
+    process = subprocess.Popen(board.command(command, "cortex-a72", {"/keys": keys}), stdout=log, stderr=log)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+        log.close()
+
+
+@pytest.mark.model
+def test_from_enrolment_to_a_record_that_agrees_with_this_machine(board: Userland, tmp_path: Path) -> None:
+    """The same file, the same questions: the emulated board's choices and log-probabilities are this machine's, but for rounding."""
+    host = HostProcess(tmp_path / "host")
+    try:
+        subject, here = publish(host, tmp_path)
+        with agent(board, host, tmp_path, "emulated"):
+            wait_until(lambda: any(device.name == "emulated" for device in host.registry.devices()), 120)
+            spec = RunSpec(
+                run_id="arm64", artifact_id=subject.artifact_id, pack_id=subject.packs["arc_challenge"], **QUICK
+            )
+            host.dispatch.queue(host.registry.device("emulated").device_id, spec, subject.manifest)
+            wait_until(lambda: any(run.run_id == "arm64" for run in host.records.facts()), 600)
+    finally:
+        host.close()
+    record = RunRecord.model_validate_json(host.records.raw("arm64"))
+    assert record.status == "done", record.problem
+    assert (record.device.arch, record.device.profile) == ("aarch64", "arm64")
+    assert record.engine is not None and "NEON = 1" in record.engine.build
+    assert len(record.items) == ITEMS
+    for there, native in zip(record.items, here.items, strict=True):
+        assert there.prompt_sha256 == native.prompt_sha256
+        assert there.choice_logprobs == pytest.approx(native.choice_logprobs, rel=0.03)
+        assert there.grade is not None and native.grade is not None
+
+
+def publish(host: HostProcess, folder: Path) -> tuple[Subject, RunRecord]:
+    """The real model and task on the host's shelf, and the record of the same run on this machine."""
+    model = sources.fetch(SMOLLM2, sources.default_cache())
+    rendered = packs.render("arc_challenge", documents.load(arc_challenge.DATASET, sources.default_cache()))
+    path = folder / "arc_challenge.pack.json"
+    pack_id = packs.write(rendered, path)
+    artifact_id, manifest = host.shelf.publish_model(model, "SmolLM2-135M-Q4_1")
+    host.shelf.publish_pack(rendered)
+    files = prepare(model, {pack_id: path}, None)
+    machine = local_machine(Roots(), "here", "here", None, None)
+    base = RunSpec(run_id="run", artifact_id="0" * 64, pack_id="0" * 64, **QUICK)
+    (record,) = evaluate(files, base, machine, folder / "here", lambda _state, _task: None)
+    return Subject(artifact_id, manifest, {"arc_challenge": pack_id}), record
+
+
+@pytest.mark.model
+def test_an_engine_for_another_processor_dies_and_the_record_says_how(
+    board: Userland, wheelhouses: dict[str, Path], tmp_path: Path
+) -> None:
+    """A Pi 5's engine: on its own processor it answers, on a Pi 4's the worker dies with SIGILL, and the command lives to say so."""
+    (wheel,) = wheelhouses["pi5"].glob("llama_cpp_python-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "other")
+    model = sources.fetch(SMOLLM2, sources.default_cache())
+    shared = {"/other": tmp_path / "other", "/root/.cache/joulemark/sources": model.parent}
+    inside, other = f"/root/.cache/joulemark/sources/{model.name}", {"PYTHONPATH": "/other"}
+    command = ["/opt/joulemark/bin/python", "-c", GENERATE, inside]
+    lives = board.run(*command, cpu="cortex-a76", shared=shared, environment=other)
+    assert lives.returncode == 0 and "Paris" in lives.stdout, lives.stderr
+    evaluation = [
+        "/opt/joulemark/bin/joulemark",
+        "eval",
+        inside,
+        "--task",
+        "arc_challenge",
+        "--limit",
+        "1",
+        "--idle",
+        "0.5",
+    ]
+    dies = board.run(*evaluation, "--out", "/tmp/dies", "--json", cpu="cortex-a72", shared=shared, environment=other)
+    assert dies.returncode == 1
+    (record,) = json.loads(dies.stdout)
+    assert (record["status"], record["problem"]["code"]) == ("failed", "worker_crashed")
+    assert "SIGILL" in record["problem"]["message"]
+
+
+GENERATE = """
+import sys
+from llama_cpp import Llama
+model = Llama(sys.argv[1], n_ctx=64, n_threads=2, verbose=False)
+print(model("The capital of France is", max_tokens=3, temperature=0)["choices"][0]["text"])
+"""
