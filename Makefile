@@ -10,14 +10,18 @@ SOURCES := agent exporter host deploy tests
 demo: $(VENV)/.installed
 	$(BIN)/joulemark demo --out demo-output
 
-# Tests that mostly wait for processes run three at a time; those that compute on one core two at a time; those that look at the clock,
-# or compute on all cores, one after the other.
+# Tests that mostly wait for processes run three at a time, and emulated boards beside them; those that compute on one core two at a
+# time; those that look at the clock, or compute on all cores, one after the other.
+BOARDS := tests/boards
 WAITING := tests/browser tests/deploy tests/e2e tests/faults tests/joulemark_host
-COMPUTING := tests/contract tests/joulemark tests/joulemark_exporter tests/joulemark_http tests/study
+COMPUTING := tests/contract tests/joulemark tests/joulemark_deploy tests/joulemark_exporter tests/joulemark_http tests/study
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n 3 $(WAITING)
+	@echo "tests of emulated boards run meanwhile; what they say follows"
+	@nice $(BIN)/python -m pytest -q $(BOARDS) >$(VENV)/boards.log 2>&1 & boards=$$!; \
+	$(BIN)/python -m pytest -q -n 3 $(WAITING); waiting=$$?; \
+	wait $$boards; boards=$$?; cat $(VENV)/boards.log; exit $$((waiting | boards))
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(COMPUTING)
-	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(WAITING) $(COMPUTING))
+	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(BOARDS) $(WAITING) $(COMPUTING))
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m tests.bench
@@ -57,7 +61,7 @@ $(VENV)-optimum/.installed: pyproject.toml
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "installing what the tests need (torch and transformers for the comparison: a few minutes)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[agent,llama,onnx,host,export,test]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[agent,llama,onnx,host,export,deploy,pi,meters,test]'
 	@touch $@
 
 lint: $(VENV)/.installed-test

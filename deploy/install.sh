@@ -1,7 +1,8 @@
 #!/bin/sh
-# Installs the Joulemark agent as a service on a plain Linux machine: a user, a virtual environment in /opt/joulemark, data in
-# /var/lib/joulemark, options in /etc/joulemark/agent.env, a systemd unit, and the permission to read the processor's energy
-# counters. Run it again to update: options and data stay as they are. See --help.
+# Installs the Joulemark agent as a service on a plain Linux machine: a user, a virtual environment of its own for every release, of
+# which /opt/joulemark is the one in use, data in /var/lib/joulemark, options in /etc/joulemark/agent.env, a systemd unit, and the
+# permission to read the processor's energy counters. Run it again to update: options and data stay as they are, and when the new
+# release does not report that it is ready, the former one runs again. See --help.
 set -eu
 umask 022
 
@@ -15,6 +16,7 @@ engine=yes
 start=yes
 source=$(dirname -- "$here")
 wheelhouse=
+packed=
 # The system's own: one in a home folder (pyenv, conda) is out of the service's reach.
 python=/usr/bin/python3
 host_url=
@@ -23,6 +25,9 @@ listen=
 device=
 
 program=/opt/joulemark
+releases=/opt/joulemark-releases
+release=
+former=
 data=/var/lib/joulemark
 cache=/var/cache/joulemark
 options=/etc/joulemark/agent.env
@@ -37,6 +42,7 @@ usage: deploy/install.sh [options]
   --uninstall        remove service, rule and program; keep data and options
   --purge            with --uninstall: remove data, options and the user too
   --wheel FILE       install this joulemark wheel instead of the checkout beside this script
+  --release FILE     install this release: no compiler, no network, no Python of the system (`joulemark release build` makes it)
   --wheelhouse DIR   install from these wheels alone: no compiler, no network (`joulemark wheelhouse build` makes them)
   --python PROGRAM   the Python to use, 3.10 or newer, outside home folders (default: /usr/bin/python3)
   --host-url URL     the host to enrol at, for example https://192.168.1.10:8443
@@ -74,7 +80,7 @@ need_value() {
     if [ $# -lt 2 ] || [ -z "$2" ]; then fail "$1 needs a value" "see --help"; fi
     # The agent's options end up on one line of a systemd environment file, where these characters cannot be kept apart.
     case $1:$2 in
-        --wheel:* | --wheelhouse:* | --python:* | --enrol-key-file:*) ;;
+        --wheel:* | --wheelhouse:* | --release:* | --python:* | --enrol-key-file:*) ;;
         *[[:space:]\'\"\\\$]*) fail "$1: $2 has a space, a quote, a backslash or a dollar sign" "use a value without them" ;;
     esac
 }
@@ -89,6 +95,7 @@ read_options() {
             --no-start) start=no ;;
             --help | -h) usage && exit 0 ;;
             --wheel) need_value "$@" && source=$2 && shift ;;
+            --release) need_value "$@" && packed=$2 && shift ;;
             --wheelhouse) need_value "$@" && wheelhouse=$2 && shift ;;
             --python) need_value "$@" && python=$2 && shift ;;
             --enrol-key-file) need_value "$@" && key_file=$2 && shift ;;
@@ -112,9 +119,24 @@ check() {
 }
 
 check_for_install() {
+    if [ -n "$packed" ]; then
+        check_release
+    else
+        check_python
+    fi
+    if [ -n "$key_file" ]; then
+        [ -f "$key_file" ] || fail "$key_file does not exist" "joulemark host token --out FILE on the host writes one"
+        [ -n "$host_url" ] || fail "--enrol-key-file needs --host-url" "say where the host is: --host-url https://WORKSTATION:8443"
+    fi
+    if [ -d "$program" ] && [ ! -e "$program/pyvenv.cfg" ] && [ ! -e "$program/release.json" ] && [ -n "$(ls -A "$program")" ]; then
+        fail "$program is there and is no installation of Joulemark" "move it away: this script would overwrite it"
+    fi
+}
+
+check_python() {
     have "$python" || fail "$python was not found" "install Python 3.10 or newer, or name one with --python"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-        || fail "$python is older than 3.10" "name a newer one with --python"
+        || fail "$python is older than 3.10" "name a newer one with --python, or install a release: it brings its own"
     "$python" -c 'import ensurepip, venv' 2>/dev/null \
         || fail "$python cannot make virtual environments" "on Debian and Ubuntu: apt-get install python3-venv"
     case $("$python" -c 'import os, sys; print(os.path.realpath(sys.base_prefix))') in
@@ -123,36 +145,49 @@ check_for_install() {
     esac
     if [ -n "$wheelhouse" ]; then
         check_wheelhouse
-    elif [ "$engine" = yes ] && ! have c++ && ! have g++ && ! have clang++; then
+        return
+    fi
+    if [ "$engine" = yes ] && ! have c++ && ! have g++ && ! have clang++; then
         fail "no C++ compiler was found, and the engine must be built" \
             "on Debian and Ubuntu: apt-get install g++; or leave the engine out with --no-engine"
     fi
-    [ -n "$wheelhouse" ] || case $source in
+    case $source in
         *.whl) [ -f "$source" ] || fail "$source does not exist" "give the path of a joulemark wheel" ;;
         *) [ -f "$source/pyproject.toml" ] || fail "$source is no wheel and no checkout" "give a wheel with --wheel FILE.whl" ;;
     esac
-    if [ -n "$key_file" ]; then
-        [ -f "$key_file" ] || fail "$key_file does not exist" "joulemark host token --out FILE on the host writes one"
-        [ -n "$host_url" ] || fail "--enrol-key-file needs --host-url" "say where the host is: --host-url https://WORKSTATION:8443"
-    fi
-    if [ -d "$program" ] && [ ! -e "$program/pyvenv.cfg" ] && [ -n "$(ls -A "$program")" ]; then
-        fail "$program is there and is no virtual environment" "move it away: this script would overwrite it"
-    fi
+}
+
+# What the kernel says of the processor: code for another one would die with SIGILL in its first run. The last line is the program's own,
+# where the processor is emulated.
+capabilities() {
+    hexadecimal=$(LD_SHOW_AUXV=1 /bin/true | sed -n 's/^AT_HWCAP: *\(0x\)\{0,1\}\([0-9a-f]*\)$/\2/p' | tail -n 1)
+    printf '%d' "0x${hexadecimal:-0}"
+}
+
+# $1 is the manifest of a release or wheelhouse, $2 what it belongs to.
+check_processor() {
+    machine=$(uname -m)
+    grep -q "\"arch\": \"$machine\"" "$1" || fail "$2 is for another machine than $machine" "build it for this very board"
+    needed=$(sed -n 's/.*"hwcap": \([0-9]*\).*/\1/p' "$1")
+    [ $(($(capabilities) & ${needed:-0})) -eq "${needed:-0}" ] \
+        || fail "the engine in $2 is for another processor than this board's" "on the workstation: build it with --target for this very board"
+}
+
+check_release() {
+    [ -f "$packed" ] || fail "$packed does not exist" "on the workstation: joulemark release build --target BOARD"
+    manifest=$(mktemp)
+    tar -xzf "$packed" -O release.json >"$manifest" 2>/dev/null \
+        || fail "$packed is no release of Joulemark" "on the workstation: joulemark release build --target BOARD"
+    check_processor "$manifest" "$packed"
+    rm -f "$manifest"
 }
 
 check_wheelhouse() {
     [ -f "$wheelhouse/wheelhouse.json" ] || fail "$wheelhouse is no wheelhouse" "on the workstation: joulemark wheelhouse build --target BOARD"
-    machine=$(uname -m)
-    grep -q "\"arch\": \"$machine\"" "$wheelhouse/wheelhouse.json" \
-        || fail "$wheelhouse is for another machine than $machine" "on the workstation: joulemark wheelhouse build --target BOARD"
+    check_processor "$wheelhouse/wheelhouse.json" "$wheelhouse"
     requirements=$wheelhouse/requirements-$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])').txt
-    # What the kernel says of the processor: a wheel for another one would die with SIGILL in its first run.
-    needed=$(sed -n 's/.*"hwcap": \([0-9]*\).*/\1/p' "$wheelhouse/wheelhouse.json")
-    has=$("$python" -c 'import ctypes; get = ctypes.CDLL(None).getauxval; get.restype = ctypes.c_ulong; print(get(16))')
-    [ $((has & ${needed:-0})) -eq "${needed:-0}" ] || fail "the engine in $wheelhouse is for another processor than this board's" \
-        "on the workstation: joulemark wheelhouse build --target for this very board"
     [ -f "$requirements" ] || fail "the wheelhouse has no wheels for $("$python" -V)" \
-        "on the workstation: joulemark wheelhouse build --python VERSION; or use the bundle, which brings its own Python"
+        "on the workstation: joulemark wheelhouse build --python VERSION; or a release, which brings its own Python"
 }
 
 make_user() {
@@ -161,9 +196,51 @@ make_user() {
     fi
 }
 
+# Sets $release to a new folder, or to the one in use when it was made of the same things.
+choose_release() {
+    former=$(readlink -f "$program" 2>/dev/null || true)
+    made_of=
+    if [ -n "$packed" ]; then made_of=$(sha256sum <"$packed"); fi
+    if [ -n "$wheelhouse" ]; then made_of=$(sha256sum <"$requirements"); fi
+    if [ -n "$made_of" ] && [ -e "$former/complete" ] && [ "$(cat "$former/complete")" = "$made_of" ]; then
+        release=$former
+        return
+    fi
+    number=1
+    for found in "$releases"/*; do
+        if [ -e "$found" ] && [ ! -e "$found/complete" ]; then run rm -rf "$found"; fi
+        case ${found##*/} in
+            *[!0-9]* | '') ;;
+            *) [ "${found##*/}" -lt "$number" ] || number=$((${found##*/} + 1)) ;;
+        esac
+    done
+    release=$releases/$number
+}
+
 install_program() {
-    if [ ! -x "$program/bin/python" ]; then run "$python" -m venv "$program"; fi
-    pip="$program/bin/python -m pip --disable-pip-version-check install --quiet"
+    choose_release
+    if [ "$release" = "$former" ]; then
+        say "kept: $release is the same"
+        return
+    fi
+    run mkdir -p "$releases"
+    if [ -n "$packed" ]; then
+        run mkdir -p "$release"
+        run tar -xzf "$packed" --no-same-owner -C "$release"
+        try_engine
+    else
+        make_environment
+        run install -m 0644 "$here/joulemark-agent.service" "$here/99-joulemark-powercap.rules" "$release/"
+    fi
+    if [ "$dry_run" = yes ]; then return; fi
+    # Last, and on the disk before anything uses it: what has no such file is taken away at the next call.
+    sync
+    printf '%s\n' "$made_of" >"$release/complete"
+}
+
+make_environment() {
+    run "$python" -m venv "$release"
+    pip="$release/bin/python -m pip --disable-pip-version-check install --quiet"
     if [ -n "$wheelhouse" ]; then
         # shellcheck disable=SC2086 # $pip is a command with its options
         run $pip --no-index --no-deps --require-hashes --find-links "$wheelhouse" --requirement "$requirements"
@@ -175,18 +252,52 @@ install_program() {
         extras=agent,llama
         run mkdir -p "$cache"
         # Before the package, which then finds the engine installed: pip alone would build parts that nobody loads.
-        run "$program/bin/python" "$here/build_engine.py" --cache "$cache"
+        run "$release/bin/python" "$here/build_engine.py" --cache "$cache"
     fi
-    # shellcheck disable=SC2086 # $pip is a command with its options
-    run $pip --upgrade "${source}[$extras]"
-    # shellcheck disable=SC2086 # the same version may hold other files
-    run $pip --force-reinstall --no-deps "$source"
+    # shellcheck disable=SC2086 # as above
+    run $pip "${source}[$extras]"
 }
 
 try_engine() {
     if [ "$dry_run" = yes ]; then return; fi
-    GGML_NO_BACKTRACE=1 "$program/bin/python" -c 'from llama_cpp import llama_cpp; llama_cpp.llama_backend_init()' \
+    GGML_NO_BACKTRACE=1 "$release/bin/python" -c 'from llama_cpp import llama_cpp; llama_cpp.llama_backend_init()' \
         || fail "the engine cannot be loaded" "the lines above say why"
+}
+
+# Makes a release the one in use: in one step, so that there always is one.
+use_release() {
+    if [ -d "$program" ] && [ ! -L "$program" ]; then
+        # From before there were releases.
+        run mv "$program" "$releases/0"
+        run install -m 0644 "$here/joulemark-agent.service" "$here/99-joulemark-powercap.rules" "$releases/0/"
+        run touch "$releases/0/complete"
+        former=$releases/0
+    fi
+    run ln -sfn "$1" "$program.new"
+    run mv -T "$program.new" "$program"
+    run install -D -m 0644 "$1/joulemark-agent.service" "$unit"
+    run install -D -m 0644 "$1/99-joulemark-powercap.rules" "$rule"
+}
+
+# The former release runs again. What the new one wrote stays beside it.
+go_back() {
+    if [ -z "$former" ] || [ "$former" = "$release" ] || [ ! -e "$former/complete" ]; then
+        fail "the agent did not report that it is ready" "journalctl -u joulemark-agent says why"
+    fi
+    say "the new release did not report that it is ready: back to $former"
+    use_release "$former"
+    systemctl daemon-reload
+    systemctl restart joulemark-agent.service \
+        || fail "neither the new release nor $former reports that it is ready" "journalctl -u joulemark-agent says why"
+    run rm -rf "$release"
+    fail "the new release did not report that it is ready; $former runs again" "journalctl -u joulemark-agent says why"
+}
+
+# The one in use and the one before it stay.
+forget_old_releases() {
+    for found in "$releases"/*; do
+        if [ -e "$found" ] && [ "$found" != "$release" ] && [ "$found" != "$former" ]; then run rm -rf "$found"; fi
+    done
 }
 
 install_data_folder() {
@@ -214,8 +325,6 @@ install_options() {
 }
 
 install_service() {
-    run install -D -m 0644 "$here/joulemark-agent.service" "$unit"
-    run install -D -m 0644 "$here/99-joulemark-powercap.rules" "$rule"
     if have udevadm && [ -d /sys/class/powercap ]; then
         run udevadm control --reload
         run udevadm trigger --action=change --subsystem-match=powercap
@@ -227,7 +336,7 @@ install_service() {
     fi
     run systemctl daemon-reload
     run systemctl enable --quiet joulemark-agent.service
-    if [ "$start" = yes ]; then run systemctl restart joulemark-agent.service; fi
+    if [ "$start" = yes ]; then run systemctl restart joulemark-agent.service || go_back; fi
 }
 
 do_install() {
@@ -236,7 +345,11 @@ do_install() {
     install_program
     install_data_folder
     install_options
+    # From here on a lost connection must not leave it half-way.
+    trap '' HUP
+    use_release "$release"
     install_service
+    forget_old_releases
     [ "$dry_run" = yes ] || say "installed. What this machine has: sudo -u $user $program/bin/joulemark doctor"
 }
 
@@ -256,8 +369,8 @@ do_uninstall() {
     if systemd_runs; then run systemctl daemon-reload; fi
     if have udevadm; then run udevadm control --reload; fi
     close_counters
-    if [ -e "$program/pyvenv.cfg" ]; then run rm -rf "$program"; fi
-    run rm -rf "$cache"
+    if [ -L "$program" ] || [ -e "$program/pyvenv.cfg" ]; then run rm -rf "$program"; fi
+    run rm -rf "$releases" "$cache"
     if [ "$purge" = no ]; then
         say "kept: $data and $options (remove them with --uninstall --purge)"
         return

@@ -47,6 +47,10 @@ COMMANDS: dict[str, Command] = {
     "export": Command(_EXPORTER, "export", "turn a model into a verified artifact: fold, quantize, write, verify"),
     "adapter": Command(_EXPORTER, "export", "write a LoRA adapter as a GGUF file for hot-swapping"),
     "wheelhouse": Command(_DEPLOY, "deploy", "wheels for boards, which then need no compiler: build, check"),
+    "release": Command(_DEPLOY, "deploy", "one file with everything for a board, its own Python too: build"),
+    "install": Command(_DEPLOY, "deploy", "put the agent on a board over ssh, as a service; nothing is compiled there"),
+    "upgrade": Command(_DEPLOY, "deploy", "bring a board's agent to this version; one that is not ready is undone"),
+    "uninstall": Command(_DEPLOY, "deploy", "take the agent off a board over ssh"),
     "enrol": Command(_AGENT, "agent", "make this board known to a host, with a one-time key"),
     "run-bundle": Command(
         _AGENT, "agent", "on a board without a network: carry out a stick's orders, put records on it"

@@ -22,7 +22,7 @@ from joulemark.errors import BadInput, DigestMismatch, MissingExtra, NotFound, U
 from joulemark.protocol import SessionAnswer, SessionRequest
 from joulemark.statements import Envelope, RecordStatement
 from joulemark.wire import Absent, DeviceFacts, Manifest
-from joulemark_agent import enrolment, hardware, identity
+from joulemark_agent import enrolment, hardware, identity, service_manager
 from joulemark_agent.announcing import Announcer
 from joulemark_agent.api import Services, create_app
 from joulemark_agent.completions import Completions
@@ -72,7 +72,10 @@ def serve(settings: Settings, listen: str) -> None:
         files = None if listening.is_loopback(listener) else who.tls_files
         url = listening.address_of(listener, "https" if files is not None else "http")
         log.info("agent %s (%s) serves on %s", _name(settings, who), who.device_id, url)
-        serving.serve(app, listener, CONNECTION_LIMIT, *(files or (None, None)))
+        certificate, key = files or (None, None)
+        serving.serve(
+            app, listener, CONNECTION_LIMIT, certificate, key, lambda: service_manager.ready(f"serves on {url}")
+        )
 
 
 def enrol(settings: Settings, who: Identity, url: str, key: str) -> Identity:
@@ -122,6 +125,7 @@ def _enrolled(settings: Settings, who: Identity) -> Identity:
             who = enrol(settings, who, settings.host_url, read_key_file(settings.key_file))
         except Unavailable as error:
             log.warning("%s; next try in %.0f s", error.message, wait_s)
+            service_manager.ready("waits for its host, to enrol there")
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
     settings.key_file.unlink(missing_ok=True)

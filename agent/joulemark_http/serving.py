@@ -11,6 +11,7 @@ import asyncio
 import socket
 import ssl
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,18 @@ STALLED_S = 120.0
 """For a peer to take anything of its answer."""
 
 
-def make_server(app: Any, connections: int, certificate: Path | None = None, key: Path | None = None) -> uvicorn.Server:
+class TellingServer(uvicorn.Server):
+    """Calls `on_ready` once it takes connections."""
+
+    on_ready: Callable[[], None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and self.on_ready is not None:
+            self.on_ready()
+
+
+def make_server(app: Any, connections: int, certificate: Path | None = None, key: Path | None = None) -> TellingServer:
     """A server of `app` for at most so many connections; with a `certificate` (whose key is in `key`, or in the same file) over TLS."""
     config = uvicorn.Config(
         app,
@@ -41,12 +53,20 @@ def make_server(app: Any, connections: int, certificate: Path | None = None, key
     config.load()
     if config.ssl is not None:
         config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
-    return uvicorn.Server(config)
+    return TellingServer(config)
 
 
-def serve(app: Any, listener: socket.socket, connections: int, certificate: Path | None, key: Path | None) -> None:
+def serve(
+    app: Any,
+    listener: socket.socket,
+    connections: int,
+    certificate: Path | None,
+    key: Path | None,
+    on_ready: Callable[[], None] | None = None,
+) -> None:
     """Serves until SIGINT or SIGTERM. An application that wants to know when it is ending asks its `state.stopping`."""
     server = make_server(app, connections, certificate, key)
+    server.on_ready = on_ready
     app.state.stopping = lambda: server.should_exit
     server.run(sockets=[listener])
 

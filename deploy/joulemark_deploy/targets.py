@@ -51,6 +51,9 @@ TARGETS = {
     target.name: target
     for target in (
         Target("arm64", "any 64-bit ARM board", ARMV8, ("3.10", "3.11", "3.13")),
+        Target(
+            "arm64-dotprod", "any 64-bit ARM board with dot product instructions", DOTPROD, ("3.10", "3.11", "3.13")
+        ),
         Target("jetson-nano", "Jetson Nano (its own Python is 3.6: use the bundle)", ARMV8, ()),
         Target("xavier-nx", "Jetson Xavier NX (its own Python is 3.6 or 3.8: use the bundle)", ARMV8, ()),
         Target("orin", "Jetson Orin Nano, Orin NX, AGX Orin with JetPack 6", DOTPROD, _JETPACK_6),
@@ -60,6 +63,11 @@ TARGETS = {
         Target("pi-zero-2-w", "Raspberry Pi Zero 2 W", ARMV8, _RASPBERRY_PI_OS),
     )
 }
+
+
+def target_for_processor(hwcap: int) -> Target:
+    """The target whose engine is the fastest that a processor with these capabilities can run."""
+    return TARGETS["arm64-dotprod" if hwcap & DOTPROD.hwcap == DOTPROD.hwcap else "arm64"]
 
 
 def target_of(name: str) -> Target:

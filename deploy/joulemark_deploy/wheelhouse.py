@@ -114,6 +114,27 @@ def build(
     return made
 
 
+def current(
+    target: Target, folder: Path, python: str, cache: Path, tell: Tell, progress: cross_engine.Progress
+) -> Path:
+    """`folder` with wheels of this very program for one Python: the one that is there, or a new one in its place."""
+    with tempfile.TemporaryDirectory() as temporary:
+        tell("joulemark's own wheel")
+        own = _own_wheel(None, Path(temporary))
+        if (folder / MANIFEST).exists():
+            made = read(folder)
+            digests = {entry.name: entry.sha256 for entry in made.files}
+            if (
+                digests.get(own.name) == sha256_of(own)
+                and made.instruction_set == target.instructions.name
+                and not faults(folder)
+            ):
+                return folder
+            shutil.rmtree(folder)
+        build(target, folder, (python,), cache, own, tell, progress)
+    return folder
+
+
 def read(folder: Path) -> Wheelhouse:
     """The folder's manifest. Raises NotFound, BadInput; the files are looked at by `faults`."""
     path = folder / MANIFEST
@@ -134,7 +155,7 @@ def faults(folder: Path, target: Target | None = None) -> list[str]:
         path = folder / entry.name
         if not path.is_file():
             found.append(f"{entry.name} is missing")
-        elif path.stat().st_size != entry.size_bytes or _sha256(path) != entry.sha256:
+        elif path.stat().st_size != entry.size_bytes or sha256_of(path) != entry.sha256:
             found.append(f"{entry.name} was changed since it was built")
     present = [entry.name for entry in made.files if (folder / entry.name).is_file()]
     instructions = target.instructions if target is not None else INSTRUCTION_SETS.get(made.instruction_set)
@@ -208,7 +229,7 @@ def _collect(folder: Path, work: Path, python: str, own: Path, engine: Path) -> 
     ]
     fetch += ["--only-binary", ":all:", "--implementation", "cp", "--python-version", python, "-d", str(fetched)]
     fetch += [part for name in (f"cp{tag}", "abi3", "none") for part in ("--abi", name)]
-    fetch += [part for name in _platforms(python) for part in ("--platform", name)]
+    fetch += [part for name in platforms(python) for part in ("--platform", name)]
     run([*fetch, "-r", str(lock)], f"the wheels for Python {python} could not be fetched")
     names = [own.name, engine.name]
     for path in sorted(fetched.glob("*.whl")):
@@ -229,7 +250,8 @@ def _blocks(locked: str, wanted: set[str]) -> Iterator[str]:
             yield line
 
 
-def _platforms(python: str) -> tuple[str, ...]:
+def platforms(python: str) -> tuple[str, ...]:
+    """pip's names for what a system with this Python can load, the newest first."""
     newest = GLIBC[python][1]
     return (*(f"manylinux_2_{minor}_aarch64" for minor in range(newest, _OLDEST_MANYLINUX - 1, -1)), *_NAMED)
 
@@ -238,7 +260,7 @@ def _requirements(folder: Path, names: Sequence[str]) -> Iterator[str]:
     """pip's hash-checking lines for exactly these files."""
     for name in names:
         project, version = name.split("-")[:2]
-        yield f"{_normal(project)}=={version} --hash=sha256:{_sha256(folder / name)}\n"
+        yield f"{_normal(project)}=={version} --hash=sha256:{sha256_of(folder / name)}\n"
 
 
 def _refuse_misfits(folder: Path, by_python: dict[str, tuple[str, ...]], target: Target) -> None:
@@ -260,10 +282,11 @@ def _version(own: Path) -> str:
 
 
 def _described(path: Path) -> WheelFile:
-    return WheelFile(name=path.name, size_bytes=path.stat().st_size, sha256=_sha256(path))
+    return WheelFile(name=path.name, size_bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The digest of a file, in hexadecimal."""
     with path.open("rb") as file:
         return (
             hashlib.file_digest(file, "sha256").hexdigest()

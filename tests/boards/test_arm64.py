@@ -6,11 +6,8 @@ Emulated: what is checked is that it works, never how long it took.
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,60 +18,72 @@ from joulemark.wire import LatencyPlan, RunRecord, RunSpec
 from joulemark_agent.local_run import evaluate, local_machine, prepare
 from joulemark_agent.sysfs import Roots
 from joulemark_host.evaluation import Subject
-from tests.fixtures.agent_process import free_port
+from tests.boards.conftest import NAME, Board
 from tests.fixtures.arm64 import Userland
 from tests.fixtures.host_process import HostProcess, wait_until
 
 pytestmark = pytest.mark.timeout(1700)
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 ITEMS = 3
+LOADER = "ld-linux-aarch64.so.1"
 SMOLLM2 = "smollm2-135m-instruct-q4_1"
 QUICK = {"limit": ITEMS, "idle_s": 0.5, "cooldown_s": 0.0, "latency": LatencyPlan(prompts=1, new_tokens=2)}
 
 
-def install(userland: Userland, wheels: Path, cpu: str, *options: str) -> subprocess.CompletedProcess[str]:
-    script = [
-        "sh",
-        "/deploy/install.sh",
-        "--wheelhouse",
-        "/wheels",
-        "--python",
-        "/usr/bin/python3",
-        "--no-start",
-        *options,
-    ]
-    return userland.run(*script, cpu=cpu, shared={"/deploy": DEPLOY, "/wheels": wheels})
-
-
-@pytest.fixture(scope="session")
-def board(userland: Userland, wheelhouses: dict[str, Path]) -> Userland:
-    """A Raspberry Pi 4's userland with Joulemark on it."""
-    done = install(userland, wheelhouses["pi4"], "cortex-a72")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return userland
+def script(userland: Userland, wheels: Path, cpu: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """The install script on the board itself, with a wheelhouse."""
+    words = ["sh", "/deploy/install.sh", "--wheelhouse", "/wheels", "--python", "/usr/bin/python3", *options]
+    return userland.run(*words, cpu=cpu, shared={"/deploy": DEPLOY, "/wheels": wheels})
 
 
 def test_wheels_for_another_processor_are_refused_before_anything_is_changed(
     userland: Userland, wheelhouses: dict[str, Path]
 ) -> None:
+    """By the script on the board, which looks at the processor itself."""
     before = {path.name for path in (userland.root / "opt").glob("*")}
-    done = install(userland, wheelhouses["pi5"], "cortex-a72")
+    done = script(userland, wheelhouses["pi5"], "cortex-a72")
     assert done.returncode == 1
-    assert "is for another processor than this board's" in done.stderr
-    assert "joulemark wheelhouse build --target" in done.stderr
+    assert "is for another processor than this board's" in done.stderr and "with --target" in done.stderr
     assert {path.name for path in (userland.root / "opt").glob("*")} == before
-    assert install(userland, wheelhouses["pi5"], "cortex-a76", "--dry-run").returncode == 0
+    assert script(userland, wheelhouses["pi5"], "cortex-a76", "--dry-run").returncode == 0
 
 
-def test_the_board_needs_no_compiler_and_no_network(board: Userland) -> None:
-    assert not list((board.root / "usr/bin").glob("*gcc*")) and not list((board.root / "usr/bin").glob("c++*"))
-    done = board.run("/opt/joulemark/bin/joulemark", "--version")
-    assert done.stdout.startswith("joulemark ")
-    unit = board.root / "etc/systemd/system/joulemark-agent.service"
+def test_a_wheelhouse_installs_with_the_boards_own_python(
+    userland: Userland, wheelhouses: dict[str, Path], tmp_path: Path
+) -> None:
+    own = Userland.copy_of(userland, tmp_path / "root")
+    done = script(own, wheelhouses["pi4"], "cortex-a72")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert own.run("/opt/joulemark/bin/joulemark", "--version").stdout.startswith("joulemark ")
+    assert "3.11" in own.run("/opt/joulemark/bin/python", "-c", "import sys, llama_cpp; print(sys.version)").stdout
+
+
+def test_a_release_runs_on_a_system_without_python_and_without_its_c_library(
+    userland: Userland, packed: Path, tmp_path: Path
+) -> None:
+    """As on a Jetson Nano: whatever the system has of these is hidden."""
+    bare = tmp_path / "root"
+    for name in ("bin", "proc", "dev", "tmp", "release"):
+        (bare / name).mkdir(parents=True)
+    subprocess.run(["tar", "-xzf", str(packed), "-C", str(bare / "release")], check=True)
+    assert not list(bare.glob("lib*")) and not (bare / "usr").exists()
+    alone = Userland.__new__(Userland)
+    alone.root = bare
+    python = [f"/release/lib/{LOADER}", "--library-path", "/release/lib", "/release/bin/python3.11"]
+    code = "import sys; sys.path.insert(0, '/release/site'); import onnxruntime, llama_cpp, joulemark_agent.cli; print('alone')"
+    done = alone.run(*python, "-c", code)
+    assert done.stdout == "alone\n", done.stderr
+
+
+def test_the_board_needs_no_compiler_and_no_network(board: Board) -> None:
+    root = board.userland.root
+    assert not list((root / "usr/bin").glob("*gcc*")) and not list((root / "usr/bin").glob("c++*"))
+    assert board.run("/opt/joulemark/bin/joulemark", "--version").stdout.startswith("joulemark ")
+    unit = root / "etc/systemd/system/joulemark-agent.service"
     assert unit.read_text() == (DEPLOY / "joulemark-agent.service").read_text()
 
 
-def test_the_doctor_on_the_board_finds_both_engines(board: Userland) -> None:
+def test_the_doctor_on_the_board_finds_both_engines(board: Board) -> None:
     done = board.run("/opt/joulemark/bin/joulemark", "doctor", "--json")
     found = {finding["area"]: finding for finding in json.loads(done.stdout)}
     assert found["profile"]["text"].startswith("64-bit ARM board")
@@ -82,48 +91,19 @@ def test_the_doctor_on_the_board_finds_both_engines(board: Userland) -> None:
         assert found[engine]["status"] == "ok", found[engine]
     assert "NEON = 1" in found["engine llama.cpp"]["text"]
     assert "DOTPROD" not in found["engine llama.cpp"]["text"]
-
-
-@contextmanager
-def agent(board: Userland, host: HostProcess, folder: Path, name: str) -> Iterator[None]:
-    """The installed agent inside, enrolling at the host with a one-time key."""
-    keys = folder / "keys"
-    keys.mkdir()
-    host.key_file(keys / "board.key")
-    command = [
-        "/opt/joulemark/bin/joulemark",
-        "agent",
-        "--data",
-        f"/var/lib/{name}",
-        "--listen",
-        f"127.0.0.1:{free_port()}",
-    ]
-    command += ["--host-url", host.url, "--enrol-key-file", "/keys/board.key", "--name", name]
-    log = (folder / "agent.log").open("wb")
-    process = subprocess.Popen(board.command(command, "cortex-a72", {"/keys": keys}), stdout=log, stderr=log)
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
-        log.close()
+    assert "warning profile: 64-bit ARM board" in board.said, (
+        "what the doctor found was said at the end of the installation"
+    )
 
 
 @pytest.mark.model
-def test_from_enrolment_to_a_record_that_agrees_with_this_machine(board: Userland, tmp_path: Path) -> None:
+def test_from_enrolment_to_a_record_that_agrees_with_this_machine(board: Board, tmp_path: Path) -> None:
     """The same file, the same questions: the emulated board's choices and log-probabilities are this machine's, but for rounding."""
-    host = HostProcess(tmp_path / "host")
-    try:
-        subject, here = publish(host, tmp_path)
-        with agent(board, host, tmp_path, "emulated"):
-            wait_until(lambda: any(device.name == "emulated" for device in host.registry.devices()), 120)
-            spec = RunSpec(
-                run_id="arm64", artifact_id=subject.artifact_id, pack_id=subject.packs["arc_challenge"], **QUICK
-            )
-            host.dispatch.queue(host.registry.device("emulated").device_id, spec, subject.manifest)
-            wait_until(lambda: any(run.run_id == "arm64" for run in host.records.facts()), 600)
-    finally:
-        host.close()
+    host = board.host
+    subject, here = publish(host, tmp_path)
+    spec = RunSpec(run_id="arm64", artifact_id=subject.artifact_id, pack_id=subject.packs["arc_challenge"], **QUICK)
+    host.dispatch.queue(host.registry.device(NAME).device_id, spec, subject.manifest)
+    wait_until(lambda: any(run.run_id == "arm64" for run in host.records.facts()), 600)
     record = RunRecord.model_validate_json(host.records.raw("arm64"))
     assert record.status == "done", record.problem
     assert (record.device.arch, record.device.profile) == ("aarch64", "arm64")
@@ -152,7 +132,7 @@ def publish(host: HostProcess, folder: Path) -> tuple[Subject, RunRecord]:
 
 @pytest.mark.model
 def test_an_engine_for_another_processor_dies_and_the_record_says_how(
-    board: Userland, wheelhouses: dict[str, Path], tmp_path: Path
+    board: Board, wheelhouses: dict[str, Path], tmp_path: Path
 ) -> None:
     """A Pi 5's engine: on its own processor it answers, on a Pi 4's the worker dies with SIGILL, and the command lives to say so."""
     (wheel,) = wheelhouses["pi5"].glob("llama_cpp_python-*.whl")

@@ -1,0 +1,155 @@
+"""`joulemark install`, `upgrade`, `uninstall` over ssh: again changes nothing, what is not ready is undone, what was measured stays."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from joulemark.errors import BadInput
+from joulemark_deploy import installing
+from joulemark_deploy.installing import Facts
+from joulemark_deploy.release import Release
+from joulemark_deploy.remote import Board as Remote
+from joulemark_deploy.targets import DOTPROD, InstructionSet
+from tests.boards.conftest import NAME, Board, joulemark
+from tests.fixtures.host_process import wait_until
+
+pytestmark = pytest.mark.timeout(1700)
+BROKEN = b"raise SystemExit('this release does not start')\n"
+
+
+def in_use(board: Board) -> str:
+    return str((board.userland.root / "opt/joulemark").readlink())
+
+
+def test_the_board_is_in_the_fleet_and_no_secret_stays(board: Board) -> None:
+    wait_until(lambda: any(device.name == NAME for device in board.host.registry.devices()), 60)
+    assert board.host.registry.device(NAME).admission == "approved"
+    root = board.userland.root
+    assert not (root / "var/tmp/joulemark-install").exists()
+    assert not (root / "var/lib/joulemark/enrol.key").exists(), "it was used"
+    assert in_use(board) == "/opt/joulemark-releases/1"
+
+
+def test_again_brings_nothing_and_keeps_the_release(board: Board, packed: Path) -> None:
+    done = joulemark("install", "root@127.0.0.1", "--release", str(packed), *board.server.options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kept: /opt/joulemark-releases/1 is the same" in done.stdout
+    assert "kept: /etc/joulemark/agent.env" in done.stdout
+    assert in_use(board) == "/opt/joulemark-releases/1"
+
+
+def broken_release(whole: Path, out: Path) -> Path:
+    """A release whose agent does not start, whole in every other way."""
+    with tarfile.open(whole) as source, tarfile.open(out, "w:gz", compresslevel=1) as target:
+        for member in source:
+            if member.name == "site/joulemark_agent/server.py":
+                member.size = len(BROKEN)
+                target.addfile(member, io.BytesIO(BROKEN))
+            elif not member.name.startswith("site/joulemark_agent/__pycache__/server."):
+                target.addfile(member, source.extractfile(member) if member.isfile() else None)
+    return out
+
+
+def test_an_update_that_does_not_report_ready_is_undone(board: Board, packed: Path, tmp_path: Path) -> None:
+    broken = broken_release(packed, tmp_path / "broken.tar.gz")
+    done = joulemark("upgrade", "root@127.0.0.1", "--release", str(broken), *board.server.options)
+    assert done.returncode == 1
+    assert "the new release did not report that it is ready; /opt/joulemark-releases/1 runs again" in done.stderr
+    assert "this release does not start" in board.server.agent_log()
+    assert in_use(board) == "/opt/joulemark-releases/1"
+    assert [path.name for path in (board.userland.root / "opt/joulemark-releases").iterdir()] == ["1"]
+    pid = int((board.userland.root / "run/agent.pid").read_text())
+    assert Path(f"/proc/{pid}").exists(), "the former agent serves again"
+
+
+def test_a_release_for_another_processor_or_none_is_not_even_sent(board: Board, tmp_path: Path) -> None:
+    for content, words in (
+        (made_for(DOTPROD), "is for another processor"),
+        (b"no archive", "is no release of Joulemark"),
+    ):
+        path = tmp_path / "other.tar.gz"
+        path.write_bytes(content)
+        done = joulemark("install", "root@127.0.0.1", "--release", str(path), *board.server.options)
+        assert done.returncode == 1 and words in done.stderr, done.stderr
+    assert in_use(board) == "/opt/joulemark-releases/1"
+
+
+def made_for(instructions: InstructionSet) -> bytes:
+    """The beginning of a release."""
+    fields = {
+        "instruction_set": instructions.name,
+        "hwcap": instructions.hwcap,
+        "joulemark": "1",
+        "engine": "1",
+        "python": "3.11",
+    }
+    text, out = Release.model_validate(fields).model_dump_json().encode(), io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as archive:
+        member = tarfile.TarInfo("release.json")
+        member.size = len(text)
+        archive.addfile(member, io.BytesIO(text))
+    return out.getvalue()
+
+
+def test_uninstall_keeps_what_was_measured_unless_told(board: Board) -> None:
+    """The last test of this board."""
+    root = board.userland.root
+    done = joulemark("uninstall", "root@127.0.0.1", *board.server.options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for gone in (
+        "opt/joulemark",
+        "opt/joulemark-releases",
+        "etc/systemd/system/joulemark-agent.service",
+        "run/agent.pid",
+    ):
+        assert not (root / gone).exists() and not (root / gone).is_symlink(), gone
+    assert (root / "var/lib/joulemark/identity").is_dir() and (root / "etc/joulemark/agent.env").exists()
+    again = joulemark("uninstall", "root@127.0.0.1", "--purge", *board.server.options)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert not (root / "var/lib/joulemark").exists() and not (root / "etc/joulemark").exists()
+    there = joulemark("upgrade", "root@127.0.0.1", *board.server.options)
+    assert there.returncode == 1 and "there is no Joulemark on root@127.0.0.1" in there.stderr
+
+
+# --- what a board must have -------------------------------------------------------------------------------------------
+GOOD = Facts("aarch64", True, False, "3.11", True, 0, 5_000_000, "Raspberry Pi 4 Model B Rev 1.5", "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"machine": "armv7l"}, "the board is armv7l"),
+        ({"machine": "x86_64"}, "pip install 'joulemark[agent,llama]'"),
+        ({"python": "3.6"}, "its Python is 3.6"),
+        ({"python": ""}, "its Python is missing"),
+        ({"venv": False}, "python3-venv"),
+        ({"root": False}, "sudo asks for a password"),
+        ({"free_kb": 1000}, "0.0 GB are free below /opt"),
+    ],
+)
+def test_what_a_board_lacks_is_said_before_anything_is_brought(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        lacking = dataclasses.replace(GOOD, **changes)  # type: ignore[arg-type]
+        installing.refuse(lacking, at_terminal=False, from_wheels=True)
+    assert words in str(caught.value)
+    if "python" in changes or "venv" in changes:
+        installing.refuse(lacking, at_terminal=False, from_wheels=False)
+    installing.refuse(GOOD, at_terminal=False, from_wheels=True)
+    installing.refuse(dataclasses.replace(GOOD, root=False), at_terminal=True, from_wheels=False)
+
+
+@pytest.mark.parametrize("destination", ["-oProxyCommand=evil", "a b", "user@", "", "x;y", "user@-host", "a" * 400])
+def test_a_destination_that_is_none_never_reaches_ssh(destination: str) -> None:
+    with pytest.raises(BadInput, match="no user@address"):
+        Remote(destination)
+
+
+def test_a_board_that_does_not_answer_is_said_in_words() -> None:
+    done = joulemark("install", "nobody@127.0.0.1", "-p", "1", "--ssh-option", "-oBatchMode=yes")
+    assert done.returncode == 1
+    assert "nobody@127.0.0.1 cannot be reached" in done.stderr and "hint: try `ssh`" in done.stderr
