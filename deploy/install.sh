@@ -32,7 +32,8 @@ data=/var/lib/joulemark
 cache=/var/cache/joulemark
 options=/etc/joulemark/agent.env
 unit=/etc/systemd/system/joulemark-agent.service
-rule=/etc/udev/rules.d/99-joulemark-powercap.rules
+rule=/etc/udev/rules.d/99-joulemark.rules
+former_rule=/etc/udev/rules.d/99-joulemark-powercap.rules
 
 usage() {
     cat <<'TEXT'
@@ -190,6 +191,14 @@ check_wheelhouse() {
         "on the workstation: joulemark wheelhouse build --python VERSION; or a release, which brings its own Python"
 }
 
+# The groups of what meters and pins are: firmware, buses, header, serial lines. Those that a system has not are not made, but for i2c.
+join_groups() {
+    if ! getent group i2c >/dev/null; then run groupadd --system i2c; fi
+    for group in video i2c gpio dialout; do
+        if getent group "$group" >/dev/null; then run usermod --append --groups "$group" "$user"; fi
+    done
+}
+
 make_user() {
     if ! getent passwd "$user" >/dev/null; then
         run useradd --system --user-group --home-dir "$data" --no-create-home --shell /usr/sbin/nologin "$user"
@@ -230,7 +239,7 @@ install_program() {
         try_engine
     else
         make_environment
-        run install -m 0644 "$here/joulemark-agent.service" "$here/99-joulemark-powercap.rules" "$release/"
+        run install -m 0644 "$here/joulemark-agent.service" "$here/99-joulemark.rules" "$release/"
     fi
     if [ "$dry_run" = yes ]; then return; fi
     # Last, and on the disk before anything uses it: what has no such file is taken away at the next call.
@@ -269,14 +278,15 @@ use_release() {
     if [ -d "$program" ] && [ ! -L "$program" ]; then
         # From before there were releases.
         run mv "$program" "$releases/0"
-        run install -m 0644 "$here/joulemark-agent.service" "$here/99-joulemark-powercap.rules" "$releases/0/"
+        run install -m 0644 "$here/joulemark-agent.service" "$here/99-joulemark.rules" "$releases/0/"
         run touch "$releases/0/complete"
         former=$releases/0
     fi
     run ln -sfn "$1" "$program.new"
     run mv -T "$program.new" "$program"
     run install -D -m 0644 "$1/joulemark-agent.service" "$unit"
-    run install -D -m 0644 "$1/99-joulemark-powercap.rules" "$rule"
+    run install -D -m 0644 "$1/99-joulemark.rules" "$rule"
+    run rm -f "$former_rule"
 }
 
 # The former release runs again. What the new one wrote stays beside it.
@@ -342,6 +352,7 @@ install_service() {
 do_install() {
     check_for_install
     make_user
+    join_groups
     install_program
     install_data_folder
     install_options
@@ -365,7 +376,7 @@ close_counters() {
 
 do_uninstall() {
     if systemd_runs && [ -e "$unit" ]; then run systemctl disable --quiet --now joulemark-agent.service; fi
-    run rm -f "$unit" "$rule"
+    run rm -f "$unit" "$rule" "$former_rule"
     if systemd_runs; then run systemctl daemon-reload; fi
     if have udevadm; then run udevadm control --reload; fi
     close_counters

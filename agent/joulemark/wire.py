@@ -296,6 +296,8 @@ class Phase(Wire):
     name: Literal["idle", "load", "warmup", "latency", "accuracy", "cooldown"]
     start_s: float
     end_s: float
+    sync_s: float | None = None
+    """When the sync pin fell for an external analyser; None where no pin marks phases."""
 
 
 class LatencySample(Wire):

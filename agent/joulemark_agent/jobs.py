@@ -37,6 +37,7 @@ from joulemark_agent.messages import (
     PhaseEnded,
     PhaseStarted,
 )
+from joulemark_agent.pins import steady_fan
 from joulemark_agent.profiles import DeviceProfile
 from joulemark_agent.reporting import FinalStatus, part_of_trace
 from joulemark_agent.sampling import Row, Sampler, open_sensors
@@ -234,7 +235,9 @@ class Jobs:
                     return
                 if spec.run_id in self._cancelled:
                     continue
-                ended = self._attempt(spec)
+                pins = self._machine.profile.pins
+                with steady_fan(pins.fan_gpio, pins.fan_speed):
+                    ended = self._attempt(spec)
                 if ended.stopped:
                     return
                 if not ended.again:
@@ -299,6 +302,7 @@ class Jobs:
             backend=self._backend(spec, manifest),
             threads=spec.threads or usable_cores(self._machine.roots),
             idle_s=spec.idle_s or self._machine.profile.idle_s,
+            sync_gpio=self._machine.profile.pins.sync_gpio,
             memory_bytes=cache_budget(available, manifest),
             model_path=str(self._library.model_path(spec.artifact_id)),
             pack_path=str(self._library.pack_path(spec.pack_id)),

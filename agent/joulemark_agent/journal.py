@@ -30,6 +30,9 @@ CREATE TABLE IF NOT EXISTS attempts (
 CREATE TABLE IF NOT EXISTS phases (
     run_id TEXT NOT NULL, attempt INTEGER NOT NULL, name TEXT NOT NULL, start_s REAL NOT NULL, end_s REAL,
     PRIMARY KEY (run_id, attempt, name));
+CREATE TABLE IF NOT EXISTS sync_edges (
+    run_id TEXT NOT NULL, attempt INTEGER NOT NULL, name TEXT NOT NULL, sync_s REAL NOT NULL,
+    PRIMARY KEY (run_id, attempt, name));
 CREATE TABLE IF NOT EXISTS items (
     run_id TEXT NOT NULL, doc_id INTEGER NOT NULL, attempt INTEGER NOT NULL, item TEXT NOT NULL,
     PRIMARY KEY (run_id, doc_id));
@@ -195,6 +198,10 @@ class Journal:
                 "UPDATE phases SET end_s = ? WHERE run_id = ? AND attempt = ? AND name = ?",
                 (phase.end_s, run_id, attempt, phase.name),
             )
+            # A table of its own: an older agent, to which an update may go back, writes phases of five columns.
+            if phase.sync_s is not None:
+                edge = (run_id, attempt, phase.name, phase.sync_s)
+                database.execute("INSERT OR REPLACE INTO sync_edges VALUES (?, ?, ?, ?)", edge)
 
     def add_item(self, run_id: str, attempt: int, item: ItemRecord) -> None:
         """Commit an item. An item that is here already stays as it was first recorded: none is doubled."""
@@ -251,13 +258,18 @@ class Journal:
         samples = self._rows(
             "SELECT sample FROM latency WHERE run_id = ? AND attempt = ? ORDER BY number", run_id, number
         )
+        edges = dict(self._rows("SELECT name, sync_s FROM sync_edges WHERE run_id = ? AND attempt = ?", run_id, number))
         unfinished = [(name, start) for name, start, end in phases if end is None]
         return Attempt(
             number=number,
             clock=Clock.model_validate_json(clock),
             problem=Problem.model_validate_json(problem) if problem else None,
             trace=Trace.model_validate_json(trace) if trace else None,
-            phases=tuple(Phase(name=name, start_s=start, end_s=end) for name, start, end in phases if end is not None),
+            phases=tuple(
+                Phase(name=name, start_s=start, end_s=end, sync_s=edges.get(name))
+                for name, start, end in phases
+                if end is not None
+            ),
             open_phase=unfinished[-1] if unfinished else None,
             latency=tuple(LatencySample.model_validate_json(sample[0]) for sample in samples),
         )

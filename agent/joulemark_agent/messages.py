@@ -30,6 +30,7 @@ class EvaluateJob(Wire):
     done: tuple[int, ...] = ()
     latency_done: bool = False
     idle_s: float = 3.0
+    sync_gpio: int | None = None
 
 
 class ServeJob(Wire):

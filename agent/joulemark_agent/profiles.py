@@ -58,6 +58,15 @@ class Limits(_Table):
     """A run does not begin before every thermal zone is below."""
 
 
+class Pins(_Table):
+    """Pins of the header that the owner wired, by BCM number (see pins.py)."""
+
+    sync_gpio: Annotated[int, Field(ge=0, le=53)] | None = None
+    lamp_gpio: Annotated[int, Field(ge=0, le=53)] | None = None
+    fan_gpio: Annotated[int, Field(ge=0, le=53)] | None = None
+    fan_speed: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
 class DeviceProfile(_Table):
     """One board. `sensors` are probed in order; `backends` is the order of preference; `idle_s` the idle window before
     a run. `memory_bytes` are the sizes that are sold, `memory_bandwidth` the maker's figure in bytes per second."""
@@ -69,6 +78,7 @@ class DeviceProfile(_Table):
     backends: Annotated[tuple[Identifier, ...], Field(min_length=1)]
     idle_s: Annotated[float, Field(ge=0.5, le=600)] = 3.0
     limits: Limits = Limits()
+    pins: Pins = Pins()
     memory_bytes: tuple[Annotated[int, Field(ge=2**26, le=2**42)], ...] = ()
     memory_bandwidth: Annotated[float, Field(gt=1e8, lt=1e13)] | None = None
     power_modes: tuple[Title, ...] = ()

@@ -72,6 +72,11 @@ class Puller:
         with self._lock:
             return artifact_id in self._wanted
 
+    def busy(self) -> bool:
+        """Whether anything is being fetched or waits for its turn."""
+        with self._lock:
+            return bool(self._wanted)
+
     def problem(self, artifact_id: str) -> Problem | None:
         """Why the last pull failed, if it did."""
         with self._lock:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -36,8 +36,11 @@ from joulemark_agent.messages import (
     PhaseStarted,
     ServeJob,
 )
+from joulemark_agent.pins import SyncPin
 
 BEAT_INTERVAL_S = 1.0
+MARKED = ("idle", "latency", "accuracy")
+"""The phases that have an energy, which an external analyser may measure too."""
 PhaseName = Literal["idle", "load", "warmup", "latency", "accuracy", "cooldown"]
 
 
@@ -48,6 +51,7 @@ class Surroundings:
     clock: Callable[[], float]
     sleep: Callable[[float], None]
     emit: Callable[[Message], None]
+    sync: SyncPin = field(default_factory=lambda: SyncPin(None))
 
 
 class Heart:
@@ -141,8 +145,14 @@ def evaluate(job: EvaluateJob, around: Surroundings) -> None:
 def _phase(name: PhaseName, around: Surroundings) -> Generator[None, None, None]:
     start = around.clock()
     around.emit(PhaseStarted(name=name, start_s=start))
-    yield
-    around.emit(PhaseEnded(phase=Phase(name=name, start_s=start, end_s=around.clock())))
+    fell_s = around.clock() if name in MARKED and around.sync.fall() else None
+    try:
+        yield
+    finally:
+        end = around.clock()
+        if fell_s is not None:
+            around.sync.rise()
+    around.emit(PhaseEnded(phase=Phase(name=name, start_s=start, end_s=end, sync_s=fell_s)))
 
 
 # --- latency ----------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from joulemark_agent.local_run import local_machine
 from joulemark_agent.machine import boot_id
 from joulemark_agent.orders import OrderBook
 from joulemark_agent.outbox import Outbox, Sender
+from joulemark_agent.pins import Lamp, State
 from joulemark_agent.pulling import Puller
 from joulemark_agent.session import Session, new_instance_id
 from joulemark_agent.settings import Settings
@@ -187,7 +188,7 @@ def assemble(settings: Settings, who: Identity, address: tuple[str, int] | None 
     def stop() -> None:
         if at_host is not None:
             at_host.session.stop()
-        for part in (sender, puller, jobs, *([announcer] if announcer is not None else [])):
+        for part in (sender, puller, jobs, *(part for part in (announcer, lamp) if part is not None)):
             part.stop()
         for opened in (completions, journal, outbox, *([at_host.ledger] if at_host is not None else [])):
             opened.close()
@@ -205,6 +206,8 @@ def assemble(settings: Settings, who: Identity, address: tuple[str, int] | None 
     announcer = _announcer(settings, who, lambda: names[-1], address, jobs.busy) if address is not None else None
     starting = [completions, jobs, sender, *([at_host.session] if at_host is not None else [])]
     starting += [announcer] if announcer is not None else []
+    lamp = _lamp(machine.profile.pins.lamp_gpio, jobs, puller)
+    starting += [lamp] if lamp is not None else []
     return Services(
         store,
         jobs,
@@ -271,7 +274,18 @@ def _announcer(
         return None
 
 
-def _start(*parts: Completions | Jobs | Sender | Session | Announcer) -> None:
+def _lamp(gpio: int | None, jobs: Jobs, puller: Puller) -> Lamp | None:
+    def state() -> State:
+        if jobs.busy():
+            return "running"
+        if jobs.trouble() is not None:
+            return "trouble"
+        return "fetching" if puller.busy() else "idle"
+
+    return Lamp(gpio, state) if gpio is not None else None
+
+
+def _start(*parts: Completions | Jobs | Sender | Session | Announcer | Lamp) -> None:
     for part in parts:
         part.start()
 

@@ -36,6 +36,7 @@ from joulemark_agent.messages import (
     job_reader,
     message_reader,
 )
+from joulemark_agent.pins import SyncPin
 from joulemark_agent.runner import Heart, Surroundings, evaluate, open_backend, verify_model
 from joulemark_agent.serving import answer
 
@@ -187,7 +188,8 @@ def main() -> int:
     try:
         job = reader.validate_json(next(lines))
         if isinstance(job, EvaluateJob):
-            evaluate(job, Surroundings(time.monotonic, time.sleep, emit))
+            with contextlib.closing(SyncPin(job.sync_gpio)) as sync:
+                evaluate(job, Surroundings(time.monotonic, time.sleep, emit, sync))
         elif isinstance(job, ServeJob):
             _serve(job, (reader.validate_json(line) for line in lines), emit)
     except (JoulemarkError, MemoryError, OSError) as error:

@@ -17,7 +17,7 @@ from joulemark_deploy.files import deploy_file
 from joulemark_deploy.remote import Board
 
 STAGING = "/var/tmp/joulemark-install"
-SCRIPTS = ("install.sh", "joulemark-agent.service", "99-joulemark-powercap.rules")
+SCRIPTS = ("install.sh", "joulemark-agent.service", "99-joulemark.rules")
 _LEAST_FREE_KB = 800_000
 _PROBE = r"""
 say() { printf '%s=%s\n' "$1" "$2"; }

@@ -4,7 +4,7 @@
       release.json   what it is for
       bin/joulemark  bin/python          the command; the interpreter (portable_python.py)
       lib/           site/               C libraries and standard library; Joulemark and what it needs
-      joulemark-agent.service  99-joulemark-powercap.rules  requirements.txt  licences/
+      joulemark-agent.service  99-joulemark.rules  requirements.txt  licences/
 
 Owns: putting these together, reproducibly (sorted, no times, no owners). Not aware of how it gets onto a board. The packages are those of a
 wheelhouse for Python 3.11; byte code is compiled here when this Python is of the same version, so that a slow board need not.
@@ -35,7 +35,7 @@ from joulemark_deploy.targets import Target
 from joulemark_deploy.tools import run
 
 MANIFEST = "release.json"
-UNIT_FILES = ("joulemark-agent.service", "99-joulemark-powercap.rules")
+UNIT_FILES = ("joulemark-agent.service", "99-joulemark.rules")
 _COMMAND = '#!/bin/sh\nexec "$(dirname -- "$(readlink -f -- "$0")")/python" -m joulemark "$@"\n'
 _MOST_MANIFEST_BYTES = 65_536
 _NOT_NEEDED = (

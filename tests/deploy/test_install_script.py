@@ -46,7 +46,7 @@ def test_a_dry_run_says_everything_and_does_nothing() -> None:
     package = next(index for index, step in enumerate(steps) if step.endswith("[agent,llama]"))
     assert engine < package  # else pip would build the engine its own long way
     assert any("--host-url https://192.0.2.1:8443 --listen 127.0.0.1:8091" in step for step in steps)
-    assert any(step.endswith("/etc/udev/rules.d/99-joulemark-powercap.rules") for step in steps)
+    assert any(step.endswith("/etc/udev/rules.d/99-joulemark.rules") for step in steps)
     assert not [step for step in steps if not step.startswith(("would ", "kept:", "systemd does not run"))]
 
 
