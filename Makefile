@@ -10,17 +10,17 @@ SOURCES := agent exporter host deploy tests
 demo: $(VENV)/.installed
 	$(BIN)/joulemark demo --out demo-output
 
-# Tests that mostly wait for processes run three at a time, and emulated boards beside them; those that compute on one core two at a
-# time; those that look at the clock, or compute on all cores, one after the other.
+# Tests that mostly wait for processes run three at a time; those that compute on one core beside those of emulated boards, which do so
+# too; those that look at the clock, or compute on all cores, one after the other.
 BOARDS := tests/boards
 WAITING := tests/browser tests/deploy tests/e2e tests/faults tests/joulemark_host
 COMPUTING := tests/contract tests/joulemark tests/joulemark_deploy tests/joulemark_exporter tests/joulemark_http tests/study
 test: $(VENV)/.installed-test
-	@echo "tests of emulated boards run meanwhile; what they say follows"
-	@nice $(BIN)/python -m pytest -q $(BOARDS) >$(VENV)/boards.log 2>&1 & boards=$$!; \
-	$(BIN)/python -m pytest -q -n 3 $(WAITING); waiting=$$?; \
-	wait $$boards; boards=$$?; cat $(VENV)/boards.log; exit $$((waiting | boards))
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(COMPUTING)
+	$(BIN)/python -m pytest -q -n 3 $(WAITING)
+	@echo "emulated boards run beside the next tests; what they say follows"
+	@$(BIN)/python -m pytest -q $(BOARDS) >$(VENV)/boards.log 2>&1 & boards=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(COMPUTING); computing=$$?; \
+	wait $$boards; boards=$$?; cat $(VENV)/boards.log; exit $$((computing | boards))
 	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(BOARDS) $(WAITING) $(COMPUTING))
 
 bench: $(VENV)/.installed-test
