@@ -199,7 +199,7 @@ def install(
             path = packed.expanduser() if packed is not None else _release_for(facts, console)
             parts, options = installing.parts_of_release(path, facts)
         with _byte_bar(console) as (tell, sent):
-            installing.stage(there, parts, wishes.key_file, tell, sent)
+            installing.stage(there, facts, parts, wishes.key_file, tell, sent)
         installing.install(there, facts, options, wishes, typer.echo)
         for line in installing.warnings(there, facts):
             typer.echo(line)

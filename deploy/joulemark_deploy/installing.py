@@ -6,6 +6,7 @@ again changes nothing that is right already, brings only what is missing, and ta
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from joulemark_deploy import release, wheelhouse
 from joulemark_deploy.files import deploy_file
 from joulemark_deploy.remote import Board
 
-STAGING = "/var/tmp/joulemark-install"
 SCRIPTS = ("install.sh", "joulemark-agent.service", "99-joulemark.rules")
 _LEAST_FREE_KB = 800_000
 _PROBE = r"""
@@ -24,6 +24,7 @@ say() { printf '%s=%s\n' "$1" "$2"; }
 say system "$(uname -s)"
 say machine "$(uname -m)"
 say user "$(id -u)"
+say home "$(cd && pwd)"
 python=$(command -v python3 || true)
 say python "$([ -n "$python" ] && "$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)"
 say venv "$([ -n "$python" ] && "$python" -c 'import ensurepip, venv' 2>/dev/null && echo yes)"
@@ -34,6 +35,7 @@ say free "$(df -Pk /opt 2>/dev/null | tail -n 1 | tr -s ' ' | cut -d ' ' -f 4)"
 say model "$(tr -d '\0' 2>/dev/null </proc/device-tree/model)"
 say installed "$(/opt/joulemark/bin/joulemark --version 2>/dev/null)"
 """
+_PLAIN_PATH = re.compile(r"^(/[A-Za-z0-9_][A-Za-z0-9_.-]*){1,10}$", re.ASCII)
 Tell = Callable[[str], None]
 
 
@@ -42,6 +44,7 @@ class Facts:
     """What the board says of itself; empty where it says nothing. `free_kb` of the file system with /opt."""
 
     machine: str
+    home: str
     root: bool
     sudo: bool
     python: str
@@ -50,6 +53,11 @@ class Facts:
     free_kb: int | None
     model: str
     installed: str
+
+    @property
+    def staging(self) -> str:
+        """Where files are brought: the person's own home folder, so that nobody else can put others there before root runs them."""
+        return f"{self.home}/.joulemark-install"
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ def look(board: Board) -> Facts:
     number = {name: text for name, text in found.items() if text.isdecimal() and len(text) < 20}
     return Facts(
         machine=found.get("machine", "")[:40],
+        home=_home(found.get("home", "")),
         root=number.get("user") == "0",
         sudo=found.get("sudo") == "yes",
         python=found.get("python", "")[:20],
@@ -92,6 +101,12 @@ def look(board: Board) -> Facts:
         model=found.get("model", "")[:200],
         installed=found.get("installed", "")[:80],
     )
+
+
+def _home(said: str) -> str:
+    if not _PLAIN_PATH.match(said):
+        raise BadInput(f"the home folder there is {said[:80]!r}", "use an account with a plain home folder")
+    return said
 
 
 def refuse(facts: Facts, at_terminal: bool, from_wheels: bool) -> None:
@@ -117,7 +132,7 @@ def refuse(facts: Facts, at_terminal: bool, from_wheels: bool) -> None:
 def parts_of_release(path: Path, facts: Facts) -> tuple[list[Path], list[str]]:
     """(files to bring, the install script's options) for a release. Raises BadInput when it is for another processor."""
     _same_processor(release.read(path), path, facts)
-    return [path], ["--release", f"{STAGING}/{path.name}"]
+    return [path], ["--release", f"{facts.staging}/{path.name}"]
 
 
 def parts_of_wheelhouse(folder: Path, facts: Facts) -> tuple[list[Path], list[str]]:
@@ -133,7 +148,7 @@ def parts_of_wheelhouse(folder: Path, facts: Facts) -> tuple[list[Path], list[st
     tag = facts.python.replace(".", "")
     paths = [folder / name for name in made.pythons[facts.python]]
     paths += [folder / wheelhouse.MANIFEST, folder / f"requirements-cp{tag}.txt"]
-    return paths, ["--wheelhouse", STAGING]
+    return paths, ["--wheelhouse", facts.staging]
 
 
 def _same_processor(made: wheelhouse.Wheelhouse | release.Release, path: Path, facts: Facts) -> None:
@@ -143,7 +158,12 @@ def _same_processor(made: wheelhouse.Wheelhouse | release.Release, path: Path, f
 
 
 def stage(
-    board: Board, parts: Sequence[Path], key_file: Path | None, tell: Tell, sent: Callable[[int, int], None]
+    board: Board,
+    facts: Facts,
+    parts: Sequence[Path],
+    key_file: Path | None,
+    tell: Tell,
+    sent: Callable[[int, int], None],
 ) -> None:
     """Bring what the board lacks of these files, the scripts, and the key. `sent(done, total)` counts bytes."""
     tell("looking at what the board has already")
@@ -153,24 +173,24 @@ def stage(
         tell(f"bringing {path.name}")
         sent(done, total)
 
-    board.bring(paths, STAGING, told)
+    board.bring(paths, facts.staging, told)
 
 
 def install(
     board: Board, facts: Facts, options: Sequence[str], wishes: Wishes, each_line: Callable[[str], None]
 ) -> None:
     """Run the script there and take away what was brought. Raises ToolFailed with its last words."""
-    words = ["sh", f"{STAGING}/install.sh", *options, *wishes.options(STAGING)]
+    words = ["sh", f"{facts.staging}/install.sh", *options, *wishes.options(facts.staging)]
     _as_root(board, facts, words, "Joulemark could not be installed there", each_line)
-    board.run(f"rm -rf {STAGING}", "what was brought could not be taken away")
+    board.run(f"rm -rf {facts.staging}", "what was brought could not be taken away")
 
 
 def uninstall(board: Board, facts: Facts, purge: bool, each_line: Callable[[str], None]) -> None:
     """Remove service, rules and program; with `purge` data and options too."""
-    board.bring([deploy_file(name) for name in SCRIPTS], STAGING)
-    words = ["sh", f"{STAGING}/install.sh", "--uninstall", *(["--purge"] if purge else [])]
+    board.bring([deploy_file(name) for name in SCRIPTS], facts.staging)
+    words = ["sh", f"{facts.staging}/install.sh", "--uninstall", *(["--purge"] if purge else [])]
     _as_root(board, facts, words, "Joulemark could not be removed there", each_line)
-    board.run(f"rm -rf {STAGING}", "what was brought could not be taken away")
+    board.run(f"rm -rf {facts.staging}", "what was brought could not be taken away")
 
 
 def warnings(board: Board, facts: Facts) -> list[str]:

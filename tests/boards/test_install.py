@@ -30,7 +30,7 @@ def test_the_board_is_in_the_fleet_and_no_secret_stays(board: Board) -> None:
     wait_until(lambda: any(device.name == NAME for device in board.host.registry.devices()), 60)
     assert board.host.registry.device(NAME).admission == "approved"
     root = board.userland.root
-    assert not (root / "var/tmp/joulemark-install").exists()
+    assert not (root / "root/.joulemark-install").exists()
     assert not (root / "var/lib/joulemark/enrol.key").exists(), "it was used"
     assert in_use(board) == "/opt/joulemark-releases/1"
 
@@ -117,7 +117,7 @@ def test_uninstall_keeps_what_was_measured_unless_told(board: Board) -> None:
 
 
 # --- what a board must have -------------------------------------------------------------------------------------------
-GOOD = Facts("aarch64", True, False, "3.11", True, 0, 5_000_000, "Raspberry Pi 4 Model B Rev 1.5", "")
+GOOD = Facts("aarch64", "/home/pi", True, False, "3.11", True, 0, 5_000_000, "Raspberry Pi 4 Model B Rev 1.5", "")
 
 
 @pytest.mark.parametrize(

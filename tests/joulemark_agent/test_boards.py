@@ -481,6 +481,13 @@ CHIP = {
     "in2_input": "3300\n",
     "in2_label": "AUX\n",
     "curr2_input": "100\n",
+    "curr2_label": "AUX\n",
+    "in3_input": "12000\n",
+    "in3_label": "VBUS\n",
+    "curr3_input": "50\n",
+    "curr3_label": "IOUT\n",
+    "in4_input": "1000\n",
+    "curr4_input": "1000\n",
     "fan1_input": "1800\n",
     "pwm1": "51\n",
 }

@@ -1,8 +1,9 @@
 """Hardware monitors of the kernel: power and energy meters on the board, fans.
 
-Owns: reading any hwmon chip's `powerN_input` (µW), `energyN_input` (µJ), and, of chips with voltage and current of one number, their
-product; fans as turns per second and their drive. Temperatures are thermal.py's, Jetson rails are ina3221.py's. What a chip's power means
-and whether it is the whole board nobody can guess: without a word in the profile it is shown as a part of unknown meaning.
+Owns: reading any hwmon chip's `powerN_input` (µW), `energyN_input` (µJ), and, where voltage and current bear the same label, their product
+(equal numbers alone say nothing: of a battery in0 and curr1 belong together); fans as turns per second and their drive. Temperatures are
+thermal.py's, Jetson rails are ina3221.py's. What a chip's power means and whether it is the whole board nobody can guess: without a word in
+the profile it is shown as a part of unknown meaning.
 Settings: `total` = ["CHIP" or "CHIP.LABEL", …] and `meaning` (wall, rail, package; default rail): these channels together are the board.
 
 hwmonN changes from boot to boot: chips are found by their `name`. Truth: Documentation/hwmon/sysfs-interface.rst.
@@ -54,15 +55,20 @@ def _quantities(device: Path, chip: str) -> list[_Quantity]:
             found[kind, number] = _Quantity(chip, label, "power", (KeptFile(path),), 1e-6, False)
         elif kind == "energy":
             found[kind, number] = _Quantity(chip, label, "energy", (KeptFile(path),), 1e-6, False)
-        elif kind == "curr" and (device / f"in{number}_input").exists() and ("power", number) not in found:
-            label = text_or_none(device / f"in{number}_label") or f"in{number}"
+        elif kind == "curr" and (shared := _same_label(device, number)) is not None:
             files = (KeptFile(device / f"in{number}_input"), KeptFile(path))
-            found["power", number] = _Quantity(chip, label, "power", files, 1e-6, False)
+            found["power", number] = _Quantity(chip, shared, "power", files, 1e-6, False)
         elif kind == "fan":
             found[kind, number] = _Quantity(chip, label, "frequency", (KeptFile(path),), 1 / 60, True)
         elif kind == "pwm":
             found[kind, number] = _Quantity(chip, label, "share", (KeptFile(path),), 1 / 255, True)
     return list(found.values())
+
+
+def _same_label(device: Path, number: str) -> str | None:
+    """The label that voltage and current of this number share, None when they do not."""
+    voltage, current = text_or_none(device / f"in{number}_label"), text_or_none(device / f"curr{number}_label")
+    return voltage if voltage == current and (device / f"in{number}_input").exists() else None
 
 
 class _Hwmon:
