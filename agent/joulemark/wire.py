@@ -232,6 +232,16 @@ class LatencyPlan(Wire):
     warmup: Annotated[int, Field(ge=1, le=100)] = 1
 
 
+class Tuning(Wire):
+    """How a board is to be set while a run lasts; what is not named stays as it is. Afterwards all is as before."""
+
+    governor: Annotated[str, Field(pattern=r"^[a-z_]{1,30}$")] | None = None
+    power_mode: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]{1,60}$")] | None = None
+    """NVIDIA's name or number of it."""
+    fixed_clocks: bool = False
+    """Every clock at the upper one of its limits."""
+
+
 class RunSpec(Wire):
     """One run: one artifact, one pack, one device."""
 
@@ -258,6 +268,7 @@ class RunSpec(Wire):
     variant: Title = ""
     cool_wait_s: Annotated[float, Field(ge=0, le=86_400)] = 600.0
     """How long a board that is too warm to begin may take to cool down."""
+    tuning: Tuning | None = None
     anyway: bool = False
     """Begin also while the supply's voltage is too low. The record says so and is invalid."""
 

@@ -202,6 +202,15 @@ def evaluate(
     idle: Annotated[
         float | None, typer.Option(min=0.5, help="Seconds of idle window before the run; default: the profile's.")
     ] = None,
+    governor: Annotated[
+        str | None, typer.Option(help="Frequency governor while the run lasts, such as performance; then as before.")
+    ] = None,
+    power_mode: Annotated[
+        str | None, typer.Option(help="A Jetson's power mode while the run lasts, by name or number; then as before.")
+    ] = None,
+    fix_clocks: Annotated[
+        bool, typer.Option("--fix-clocks", help="Every clock at its upper limit while the run lasts; then as before.")
+    ] = False,
     anyway: Annotated[bool, typer.Option("--anyway", help="Begin also while the supply's voltage is too low.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print summaries as JSON instead of a table.")] = False,
 ) -> None:
@@ -210,6 +219,7 @@ def evaluate(
     Example: joulemark eval model.gguf --task arc_challenge,gsm8k_cot --limit 50 --out results
     """
     from joulemark.wire import RunSpec
+    from joulemark.wishes import tuning_of
     from joulemark_agent.local_view import run_and_show
 
     base = RunSpec(
@@ -223,6 +233,7 @@ def evaluate(
         backend=backend,
         idle_s=idle,
         anyway=anyway,
+        tuning=tuning_of(governor, power_mode, fix_clocks),
     )
     names = [part.strip() for part in task.split(",") if part.strip()]
     if not names:

@@ -20,7 +20,7 @@ from typing import Protocol
 from joulemark import packs
 from joulemark.errors import BadInput, DigestMismatch, JoulemarkError, NoSpace, NotFound, to_problem
 from joulemark.wire import Clock, DeviceFacts, Manifest, Metric, Problem, RunRecord, RunSpec, RunState
-from joulemark_agent import readiness, reporting
+from joulemark_agent import holding, readiness, reporting
 from joulemark_agent.fitting import cache_budget, choose_backend, misfit
 from joulemark_agent.giving_up import lost, why_no_more
 from joulemark_agent.journal import Journal
@@ -83,6 +83,8 @@ class Machine:
     facts: Callable[[Metric], DeviceFacts]
     bandwidth: Callable[[], Metric]
     replay: Path | None = None
+    note: Path | None = None
+    """Where it is written down how the machine was set before a run that wants it otherwise."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -126,6 +128,8 @@ class Jobs:
     # --- callers' side ------------------------------------------------------------------------------------------------
     def start(self) -> None:
         """Begin working; runs that an earlier agent left unfinished go first."""
+        if self._machine.note is not None:
+            holding.put_back(self._machine.roots, self._machine.note)
         for spec in self._journal.runs("done", "failed", "cancelled", "interrupted"):
             self._deliver(spec.run_id)
         self._thread.start()
@@ -223,6 +227,7 @@ class Jobs:
     def _run(self, spec: RunSpec) -> None:
         ended = _Ended(None)
         memory_bandwidth: Metric | None = None
+        device: DeviceFacts | None = None
         try:
             while True:
                 refused = self._refuse(spec)
@@ -236,7 +241,9 @@ class Jobs:
                 if spec.run_id in self._cancelled:
                     continue
                 pins = self._machine.profile.pins
-                with steady_fan(pins.fan_gpio, pins.fan_speed):
+                with self._held(spec), steady_fan(pins.fan_gpio, pins.fan_speed):
+                    # Now, for afterwards the machine is set as before.
+                    device = self._machine.facts(memory_bandwidth)
                     ended = self._attempt(spec)
                 if ended.stopped:
                     return
@@ -248,7 +255,15 @@ class Jobs:
                 raise  # not the run's fault: it is resumed when the disk takes writes again
             log.exception("run %s failed outside its worker", spec.run_id)
             ended = _Ended(problem)
-        self._finish(spec, ended, memory_bandwidth)
+        self._finish(spec, ended, device or self._machine.facts(memory_bandwidth or reporting.not_measured()))
+
+    def _held(self, spec: RunSpec) -> contextlib.AbstractContextManager[None]:
+        machine = self._machine
+        if machine.note is None:
+            if spec.tuning is not None:
+                raise BadInput("this program does not set machines", "set it by hand, or give the run to an agent")
+            return contextlib.nullcontext()
+        return holding.held(machine.roots, spec.tuning, machine.note)
 
     def _refuse(self, spec: RunSpec) -> _Ended | None:
         """Reasons not to start a worker (again)."""
@@ -388,9 +403,9 @@ class Jobs:
             raise BadInput(f"the worker sent a {message.kind} message in an evaluation", "this is a defect: report it")
 
     # --- the record ---------------------------------------------------------------------------------------------------
-    def _finish(self, spec: RunSpec, ended: _Ended, bandwidth: Metric | None) -> None:
+    def _finish(self, spec: RunSpec, ended: _Ended, device: DeviceFacts) -> None:
         status: FinalStatus = "cancelled" if ended.cancelled else "failed" if ended.problem else "done"
-        record = self._build(spec, status, ended.problem, bandwidth)
+        record = self._build(spec, status, ended.problem, device)
         self._journal.set_record(spec.run_id, status, ended.problem, record.model_dump_json().encode())
         self._cancelled.discard(spec.run_id)
         if ended.problem is not None and ended.problem.code == DigestMismatch.code:
@@ -400,9 +415,7 @@ class Jobs:
     def _now(self) -> Clock:
         return Clock(monotonic_s=time.monotonic(), wall_s=time.time(), boot_id=str(boot_id(self._machine.roots)))
 
-    def _build(
-        self, spec: RunSpec, status: FinalStatus, problem: Problem | None, bandwidth: Metric | None
-    ) -> RunRecord:
+    def _build(self, spec: RunSpec, status: FinalStatus, problem: Problem | None, device: DeviceFacts) -> RunRecord:
         pack = packs.read(self._library.pack_path(spec.pack_id), spec.pack_id)
         return reporting.build_record(
             self._journal,
@@ -411,7 +424,7 @@ class Jobs:
             problem,
             self._library.manifest_of(spec.artifact_id),
             packs.header(pack, spec.pack_id),
-            self._machine.facts(bandwidth or reporting.not_measured()),
+            device,
             self._now(),
             Limits(**self._machine.profile.limits.model_dump()),
         )

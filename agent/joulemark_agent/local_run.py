@@ -55,10 +55,15 @@ class LocalFiles:
 
 
 def local_machine(
-    roots: Roots, device_id: str, name: str | Callable[[], str], profile: str | None, replay: Path | None
+    roots: Roots,
+    device_id: str,
+    name: str | Callable[[], str],
+    profile: str | None,
+    replay: Path | None,
+    note: Path | None = None,
 ) -> Machine:
     """This machine, matched to its profile; its memory bandwidth is measured when a run begins. A host may give it another name at any
-    time: then `name` is asked for."""
+    time: then `name` is asked for. `note`: see Machine; without it no run may set the machine."""
     chosen = match(load_profiles(own=own_folder(roots)), roots, profile)
     sensors, absent = open_sensors(chosen, roots, None)
     channels = tuple(channel for sensor in sensors for channel in sensor.channels)
@@ -76,6 +81,7 @@ def local_machine(
         facts=facts,
         bandwidth=lambda: bandwidth.measure(roots),
         replay=replay,
+        note=note,
     )
 
 

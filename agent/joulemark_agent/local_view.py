@@ -64,7 +64,8 @@ def run_and_show(
     with bytes_bar("fetching the data sets", console) as downloaded:
         rendered = local_run.render_packs(tasks, sources.default_cache(), output, downloaded)
     files = local_run.prepare(model, rendered, None)
-    machine = local_run.local_machine(roots, "local", "this machine", profile, replay)
+    note = output / "set-before.json"
+    machine = local_run.local_machine(roots, "local", "this machine", profile, replay, note)
     with _run_bars(console) as watch:
         records = local_run.evaluate(files, base, machine, output, watch)
     for record in records:

@@ -169,7 +169,14 @@ def assemble(settings: Settings, who: Identity, address: tuple[str, int] | None 
     journal = Journal(settings.data / "journal.sqlite")
     outbox = Outbox(settings.data / "outbox.sqlite", settings.outbox_bytes, settings.outbox_age_s)
     names = [_name(settings, who)]
-    machine = local_machine(settings.roots, who.device_id, lambda: names[-1], settings.profile, settings.replay)
+    machine = local_machine(
+        settings.roots,
+        who.device_id,
+        lambda: names[-1],
+        settings.profile,
+        settings.replay,
+        settings.data / "set-before.json",
+    )
     completions = Completions(store, machine, settings.serve_idle_s)
 
     def make_quiet() -> None:

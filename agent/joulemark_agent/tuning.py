@@ -27,13 +27,18 @@ def power_modes(roots: Roots) -> dict[int, str]:
     return {int(number): name for number, name in _MODE.findall(text)}
 
 
+def power_mode_number(roots: Roots) -> int | None:
+    """The number of the mode that was chosen last, None where none was."""
+    status = _STATUS.search(text_or_none(roots.var / "lib" / "nvpmodel" / "status") or "")
+    return int(status[1]) if status is not None else None
+
+
 def power_mode(roots: Roots) -> str | None:
     """The power mode as `NAME (number)`; "not set" where nvpmodel has modes and none was chosen; None without nvpmodel."""
-    names = power_modes(roots)
-    status = _STATUS.search(text_or_none(roots.var / "lib" / "nvpmodel" / "status") or "")
-    if status is None:
+    names, number = power_modes(roots), power_mode_number(roots)
+    if number is None:
         return "not set" if names else None
-    return f"{names.get(int(status[1]), 'unknown mode')} ({int(status[1])})"
+    return f"{names.get(number, 'unknown mode')} ({number})"
 
 
 def clock_limits(roots: Roots) -> str | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from joulemark.errors import NotFound
+from joulemark.wishes import tuning_of
 from joulemark_host.options import (
     DEFAULT_DATA,
     DatabaseOption,
@@ -143,6 +144,15 @@ def evaluate(
     context: Annotated[int | None, typer.Option(min=16, help="Context length; default: the model's own.")] = None,
     backend: Annotated[str | None, typer.Option(help="Engine; default: the board's first that opens the file.")] = None,
     variant: Annotated[str, typer.Option(help="A word for what is special here, such as 'with fan'.")] = "",
+    governor: Annotated[
+        str | None, typer.Option(help="Frequency governor while the run lasts, such as performance; then as before.")
+    ] = None,
+    power_mode: Annotated[
+        str | None, typer.Option(help="A Jetson's power mode while the run lasts, by name or number; then as before.")
+    ] = None,
+    fix_clocks: Annotated[
+        bool, typer.Option("--fix-clocks", help="Every clock at its upper limit while the run lasts; then as before.")
+    ] = False,
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Begin also on a board whose supply's voltage is too low (then INVALID).")
     ] = False,
@@ -162,6 +172,7 @@ def evaluate(
     shelf, records, console = open_shelf(data, shelf_at), open_records(data, database), terminal(as_json)
     options: dict[str, Any] = {"limit": limit, "threads": threads, "sequences": sequences, "variant": variant}
     options |= {"context_tokens": context, "backend": backend, "anyway": anyway}
+    options["tuning"] = tuning_of(governor, power_mode, fix_clocks)
     run_ids: list[str] = []
     dispatch = _signing_dispatch(data, database)
     try:

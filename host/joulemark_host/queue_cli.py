@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from joulemark.errors import INTERRUPTED, BadInput, JoulemarkError, NotFound
+from joulemark.wishes import tuning_of
 from joulemark_host.dispatch import Dispatch
 from joulemark_host.evaluation import Subject
 from joulemark_host.holdings import Target
@@ -50,6 +51,15 @@ def sweep(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first documents of each task.")] = None,
     backend: Annotated[str | None, typer.Option(help="Engine; default: the board's first that opens the file.")] = None,
     variant: Annotated[str, typer.Option(help="A word for what is special here, such as 'with fan'.")] = "",
+    governor: Annotated[
+        str | None, typer.Option(help="Frequency governor while the run lasts, such as performance; then as before.")
+    ] = None,
+    power_mode: Annotated[
+        str | None, typer.Option(help="A Jetson's power mode while the run lasts, by name or number; then as before.")
+    ] = None,
+    fix_clocks: Annotated[
+        bool, typer.Option("--fix-clocks", help="Every clock at its upper limit while the run lasts; then as before.")
+    ] = False,
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Begin also on a board whose supply's voltage is too low (then INVALID).")
     ] = False,
@@ -82,7 +92,8 @@ def sweep(
             raise BadInput("which models?", "name one at least; `joulemark publish --help` says what can be named")
         devices, shelf = dispatch.devices(to), open_shelf(data, shelf_at)
         subjects = [subject_of(shelf, model, task, console) for model in models]
-        options = {"limit": limit, "backend": backend, "variant": variant, "anyway": anyway}
+        options: dict[str, Any] = {"limit": limit, "backend": backend, "variant": variant, "anyway": anyway}
+        options["tuning"] = tuning_of(governor, power_mode, fix_clocks)
         added = sweeps.queue(dispatch, name, sweeps.cells(subjects, devices), options, retry_failed)
         console.print(f"✓ {added} runs queued, {len(dispatch.runs(name))} in all", markup=False)
         goes_on = f"the boards go on; `joulemark runs --sweep {name}` shows how far, `joulemark sweep --name {name} --cancel` ends it"
