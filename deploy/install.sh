@@ -165,27 +165,25 @@ capabilities() {
     printf '%d' "0x${hexadecimal:-0}"
 }
 
-# $1 is the manifest of a release or wheelhouse, $2 what it belongs to.
+# $1 is the text of a release's or wheelhouse's manifest, $2 what it belongs to.
 check_processor() {
     machine=$(uname -m)
-    grep -q "\"arch\": \"$machine\"" "$1" || fail "$2 is for another machine than $machine" "build it for this very board"
-    needed=$(sed -n 's/.*"hwcap": \([0-9]*\).*/\1/p' "$1")
+    printf '%s\n' "$1" | grep -q "\"arch\": \"$machine\"" || fail "$2 is for another machine than $machine" "build it for this very board"
+    needed=$(printf '%s\n' "$1" | sed -n 's/.*"hwcap": \([0-9]*\).*/\1/p')
     [ $(($(capabilities) & ${needed:-0})) -eq "${needed:-0}" ] \
         || fail "the engine in $2 is for another processor than this board's" "on the workstation: build it with --target for this very board"
 }
 
 check_release() {
     [ -f "$packed" ] || fail "$packed does not exist" "on the workstation: joulemark release build --target BOARD"
-    manifest=$(mktemp)
-    tar -xzf "$packed" -O release.json >"$manifest" 2>/dev/null \
+    manifest=$(tar -xzf "$packed" -O --occurrence=1 release.json 2>/dev/null) \
         || fail "$packed is no release of Joulemark" "on the workstation: joulemark release build --target BOARD"
     check_processor "$manifest" "$packed"
-    rm -f "$manifest"
 }
 
 check_wheelhouse() {
     [ -f "$wheelhouse/wheelhouse.json" ] || fail "$wheelhouse is no wheelhouse" "on the workstation: joulemark wheelhouse build --target BOARD"
-    check_processor "$wheelhouse/wheelhouse.json" "$wheelhouse"
+    check_processor "$(cat "$wheelhouse/wheelhouse.json")" "$wheelhouse"
     requirements=$wheelhouse/requirements-$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])').txt
     [ -f "$requirements" ] || fail "the wheelhouse has no wheels for $("$python" -V)" \
         "on the workstation: joulemark wheelhouse build --python VERSION; or a release, which brings its own Python"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import configparser
+import io
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -131,3 +135,37 @@ def test_shellcheck_finds_nothing() -> None:
         pytest.skip("shellcheck is not installed")
     done = subprocess.run(["shellcheck", DEPLOY / "install.sh"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def packed(folder: Path, machine: str, hwcap: int = 0) -> Path:
+    """The beginning of a release."""
+    text = json.dumps({"arch": machine, "hwcap": hwcap}, indent=2).encode() + b"\n"
+    path = folder / "release.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        member = tarfile.TarInfo("release.json")
+        member.size = len(text)
+        archive.addfile(member, io.BytesIO(text))
+    return path
+
+
+def test_a_release_needs_no_python_of_the_system(tmp_path: Path) -> None:
+    done = install("--dry-run", "--release", str(packed(tmp_path, platform.machine())), "--python", "/nowhere/python")
+    assert done.returncode == 0, done.stderr
+    assert "would run: tar -xzf" in done.stdout and "venv" not in done.stdout
+    assert "usermod --append --groups" in done.stdout, "the agent reads meters on buses and lines"
+
+
+def test_a_release_for_another_machine_or_processor_or_none_is_refused(tmp_path: Path) -> None:
+    cases = [
+        (packed(tmp_path, "s390x"), "is for another machine than"),
+        (tmp_path / "nowhere.tar.gz", "does not exist"),
+    ]
+    for path, words in cases:
+        done = install("--dry-run", "--release", str(path))
+        assert done.returncode == 1 and words in done.stderr, done.stderr
+    # A bit that no kernel sets.
+    done = install("--dry-run", "--release", str(packed(tmp_path, platform.machine(), 1 << 62)))
+    assert done.returncode == 1 and "is for another processor than this board's" in done.stderr
+    (tmp_path / "release.tar.gz").write_text("nothing packed")
+    done = install("--dry-run", "--release", str(tmp_path / "release.tar.gz"))
+    assert done.returncode == 1 and "is no release of Joulemark" in done.stderr
