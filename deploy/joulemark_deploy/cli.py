@@ -181,9 +181,11 @@ def install(
 ) -> None:
     """Install the agent on a board over ssh, as a service. Nothing is compiled there; again brings only what is missing.
 
-    Example: joulemark install pi@raspberrypi.local --host-url https://workstation:8443 --enrol-key-file board.key
+    Example: joulemark install pi@raspberrypi.local --host-url https://192.168.1.10:8443 --enrol-key-file board.key
     """
     console = Console(stderr=True)
+    if wheels is None:
+        installing.refuse_local_name(host_url)
     wishes = installing.Wishes(host_url, enrol_key_file.expanduser() if enrol_key_file else None, listen, name)
     with Board(board, port, ssh_option or ()) as there:
         facts = installing.look(there)

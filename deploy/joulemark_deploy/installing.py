@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from joulemark.errors import BadInput, NotFound, ToolFailed
 from joulemark_deploy import release, wheelhouse
@@ -127,6 +128,14 @@ def refuse(facts: Facts, at_terminal: bool, from_wheels: bool) -> None:
         raise BadInput(
             f"only {facts.free_kb / 1e6:.1f} GB are free below /opt", f"{_LEAST_FREE_KB / 1e6:.1f} GB are needed"
         )
+
+
+def refuse_local_name(host_url: str | None) -> None:
+    """Raises BadInput for a host in .local: a release has a C library of its own, without the module that asks by mDNS."""
+    name = urlsplit(host_url or "").hostname or ""
+    if name.endswith(".local"):
+        hint = "say the host's address in numbers (`hostname -I` there), or install with --wheelhouse"
+        raise BadInput(f"{name} would not be resolved on the board", hint)
 
 
 def parts_of_release(path: Path, facts: Facts) -> tuple[list[Path], list[str]]:

@@ -143,6 +143,11 @@ def test_what_a_board_lacks_is_said_before_anything_is_brought(changes: dict[str
     installing.refuse(dataclasses.replace(GOOD, root=False), at_terminal=True, from_wheels=False)
 
 
+def test_a_host_whose_name_a_release_cannot_resolve_is_refused_at_once() -> None:
+    done = joulemark("install", "nobody@127.0.0.1", "-p", "1", "--host-url", "https://workstation.local:8443")
+    assert done.returncode == 1 and "workstation.local would not be resolved" in done.stderr
+
+
 @pytest.mark.parametrize("destination", ["-oProxyCommand=evil", "a b", "user@", "", "x;y", "user@-host", "a" * 400])
 def test_a_destination_that_is_none_never_reaches_ssh(destination: str) -> None:
     with pytest.raises(BadInput, match="no user@address"):
