@@ -10,9 +10,10 @@ SOURCES := agent exporter host deploy tests
 demo: $(VENV)/.installed
 	$(BIN)/joulemark demo --out demo-output
 
-# Tests that mostly wait for processes run three at a time; those that compute on one core beside those of emulated boards, which do so
-# too; those that look at the clock, or compute on all cores, one after the other.
+# Tests that mostly wait for processes run three at a time; those that compute beside those of emulated boards, which compute on one core;
+# those that look at the clock one after the other.
 BOARDS := tests/boards
+PARITY := tests/joulemark_agent/test_parity.py
 WAITING := tests/browser tests/deploy tests/e2e tests/faults tests/joulemark_host
 COMPUTING := tests/contract tests/joulemark tests/joulemark_deploy tests/joulemark_exporter tests/joulemark_http tests/study
 test: $(VENV)/.installed-test
@@ -20,8 +21,9 @@ test: $(VENV)/.installed-test
 	@echo "emulated boards run beside the next tests; what they say follows"
 	@$(BIN)/python -m pytest -q $(BOARDS) >$(VENV)/boards.log 2>&1 & boards=$$!; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(COMPUTING); computing=$$?; \
-	wait $$boards; boards=$$?; cat $(VENV)/boards.log; exit $$((computing | boards))
-	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(BOARDS) $(WAITING) $(COMPUTING))
+	$(BIN)/python -m pytest -q $(PARITY); parity=$$?; \
+	wait $$boards; boards=$$?; cat $(VENV)/boards.log; exit $$((computing | parity | boards))
+	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(BOARDS) $(WAITING) $(COMPUTING) $(PARITY))
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m tests.bench
