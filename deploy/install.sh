@@ -233,7 +233,8 @@ install_program() {
     run mkdir -p "$releases"
     if [ -n "$packed" ]; then
         run mkdir -p "$release"
-        run tar -xzf "$packed" --no-same-owner -C "$release"
+        run tar -xzf "$packed" --no-same-owner -C "$release" \
+            || fail "$packed could not be unpacked into $release" "it is damaged, or the disk is full: df -h $releases"
         try_engine
     else
         make_environment

@@ -270,7 +270,7 @@ class RunSpec(Wire):
     """How long a board that is too warm to begin may take to cool down."""
     tuning: Tuning | None = None
     anyway: bool = False
-    """Begin also while the supply's voltage is too low. The record says so and is invalid."""
+    """Begin also while the supply's voltage is too low; where it still is while something is measured, the record is invalid."""
 
 
 class EngineFacts(Wire):

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -51,6 +52,10 @@ def held(roots: Roots, wanted: Tuning | None, note: Path) -> Generator[None]:
     if wanted is None or wanted == Tuning():
         yield
         return
+    put_back(roots, note)
+    if note.exists():
+        hint = f"set governor, clocks and power mode by hand and remove {note}, or run the agent as root"
+        raise TuningRefused("the machine is not set as it was before an earlier run", hint)
     mode = _mode_number(roots, wanted.power_mode) if wanted.power_mode is not None else None
     _check_governor(roots, wanted.governor)
     before = _Before(
@@ -68,7 +73,8 @@ def held(roots: Roots, wanted: Tuning | None, note: Path) -> Generator[None]:
 
 
 def put_back(roots: Roots, note: Path) -> None:
-    """What a note says was set before; the note goes when all of it is. At an agent's start: what a killed one left behind."""
+    """What a note says was set before. The note goes when all of it is; what could not be set stays in it. At an agent's start: what a
+    killed one left behind."""
     try:
         with note.open("rb") as file:
             before = _Before.model_validate_json(file.read(_MOST_NOTE_BYTES))
@@ -79,22 +85,25 @@ def put_back(roots: Roots, note: Path) -> None:
         note.unlink(missing_ok=True)
         return
     failed: list[str] = []
+    if before.power_mode is not None:
+        # First: a mode takes cores away and gives them back, with their files.
+        _attempt(lambda: _set_mode(roots, before.power_mode or 0), failed)
     for name, content in before.files:
         path = roots.sys / name
         # Only what this module writes: the note is a file like any other.
         if path.name in _FILES and ".." not in Path(name).parts:
-            try:
-                _write(path, content)
-            except TuningRefused as error:
-                failed.append(error.message)
-    if before.power_mode is not None:
-        try:
-            _set_mode(roots, before.power_mode)
-        except TuningRefused as error:
-            failed.append(error.message)
+            _attempt(partial(_write, path, content), failed)
     if failed:
         log.warning("not everything is set as it was before the run: %s", "; ".join(failed[:4]))
-    note.unlink(missing_ok=True)
+    else:
+        note.unlink(missing_ok=True)
+
+
+def _attempt(setting: Callable[[], None], failed: list[str]) -> None:
+    try:
+        setting()
+    except TuningRefused as error:
+        failed.append(error.message)
 
 
 # --- what is written --------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def low_voltage(profile: DeviceProfile, roots: Roots) -> Problem | None:
     return Problem(
         code="low_voltage",
         message="the supply's voltage is too low now (vcgencmd get_throttled, bit 0): every figure would be that of a slowed board",
-        hint="use the maker's supply and a short cable; to run all the same: --anyway (the record is invalid then)",
+        hint="use the maker's supply and a short cable; to run all the same: --anyway (INVALID while it stays low)",
     )
 
 

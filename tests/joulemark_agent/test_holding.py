@@ -89,6 +89,47 @@ def test_what_cannot_be_set_leaves_all_as_it_was(tmp_path: Path, monkeypatch: py
     assert state(roots) == BEFORE
 
 
+def test_what_cannot_be_put_back_is_remembered_and_stops_the_next_run_that_wants_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roots, note = jetson(tmp_path), tmp_path / "note.json"
+    write = holding._write
+
+    def refuse(path: Path, content: str) -> None:
+        if content == "schedutil":  # the former governor
+            raise TuningRefused(f"{path} cannot be set", "x")
+        write(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(holding, "_write", refuse)
+        with held(roots, WANTED, note):
+            pass
+        assert note.exists() and state(roots)[2] == {"performance"}
+        with (
+            pytest.raises(TuningRefused, match="not set as it was") as caught,
+            held(roots, Tuning(fixed_clocks=True), note),
+        ):
+            pytest.fail("its note would say that performance was there before")
+        assert str(note) in caught.value.hint
+    with held(roots, Tuning(fixed_clocks=True), note):
+        assert state(roots)[2] == {"schedutil"}, "now it can be, and is first"
+    assert state(roots) == BEFORE and not note.exists()
+
+
+def test_a_power_mode_that_takes_cores_away_gives_them_back_as_they_were(tmp_path: Path) -> None:
+    roots = jetson(tmp_path)
+    cores = roots.sys / "devices/system/cpu/cpufreq/policy4"
+    (cores / "scaling_min_freq").write_text("1728000\n")  # fixed by hand before
+    away = f"mv {cores} {tmp_path}/away 2>/dev/null || {{ mv {tmp_path}/away {cores}; echo 729600 > {cores}/scaling_min_freq; }}"
+    trees.answer(roots, "nvpmodel", NVPMODEL.format(status=roots.var / "lib/nvpmodel/status") + away)
+    with held(roots, Tuning(power_mode="7W", governor="performance"), tmp_path / "note.json"):
+        assert not cores.exists()
+    assert (cores / "scaling_governor").read_text().strip() == "schedutil"
+    with held(roots, Tuning(power_mode="7W", fixed_clocks=True), tmp_path / "note.json"):
+        assert not cores.exists()
+    assert (cores / "scaling_min_freq").read_text().strip() == "1728000"
+
+
 @pytest.mark.parametrize(
     ("script", "words"),
     [

@@ -6,8 +6,9 @@ A sensor names its columns once (`channels`) and then gives one value per column
 order. None means that there is no reading at this tick: it failed, it was implausible, it was not due (a costly file
 is read more rarely than the sampler ticks, and is never filled with an older value), or it is a share whose first
 interval has not passed yet. `notes` says at the end what was not there or had gaps, and why: channel or part →
-reason. Units are SI, as `joulemark.wire.Channel` says. Sensors read the kernel's files directly: no external
-commands, no numpy. A plug-in may import this package's `__init__` and `joulemark_agent.sysfs`, never another plug-in.
+reason. Units are SI, as `joulemark.wire.Channel` says. Sensors read the kernel's files directly; what is slow (a board's
+own programs, the network, serial lines) is read by a thread of its own (`_polling`). No numpy. A plug-in may import
+this package's `__init__`, its private modules, `joulemark_agent.sysfs` and `.programs`, never another plug-in.
 
 Names that the rest of the agent relies on:
     power or energy with total=True                               what the joules of a run are made of
@@ -30,13 +31,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from pydantic import ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from joulemark.errors import JoulemarkError
+from joulemark.errors import BadInput, JoulemarkError
 from joulemark.wire import Channel, Identifier
 
 Values = tuple[float | None, ...]
 Reading = TypeVar("Reading")
+Settings = TypeVar("Settings", bound="SettingsModel")
+
+
+class SettingsModel(BaseModel):
+    """What a sensor's settings have in common: types are not guessed, unknown names are faults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class NotPresent(JoulemarkError):
@@ -104,6 +112,17 @@ class Pace:
         cost_s = self._clock() - started_s
         self._due_s = started_s + max(self._interval_s, cost_s / self._share)
         return value
+
+
+def settings_of(kind: type[Settings], options: Options, sensor: str) -> Settings:
+    """The sensor's settings from the device profile. Raises BadInput naming the sensor and the setting."""
+    try:
+        return kind.model_validate(dict(options.settings))
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in fault["loc"]) or "its settings"
+        hint = f"correct the device profile; the settings stand in joulemark_agent/sensors/{sensor}.py"
+        raise BadInput(f"sensor {sensor}: {where}: {fault['msg']}", hint) from error
 
 
 def identifier(*parts: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from joulemark.wire import Channel
 from joulemark_agent.sensors import Values
 from joulemark_agent.sysfs import Unreadable
 
@@ -79,3 +80,39 @@ class Poller:
             return self._reader()
         except (OSError, ValueError, ArithmeticError, LookupError, RuntimeError, TypeError) as error:
             return Unreadable("the source", "read error", f"{type(error).__name__}: {error}"[:200])
+
+
+class PolledSensor:
+    """A sensor whose every reading comes from such a thread. What went wrong is noted at the channel `noted`, by default the first;
+    `release` is called once, after the thread was asked to end."""
+
+    def __init__(
+        self,
+        channels: tuple[Channel, ...],
+        reader: Reader,
+        interval_s: float,
+        clock: Callable[[], float],
+        noted: str | None = None,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.channels = channels
+        self._noted = noted or channels[0].name
+        self._release = release
+        self._closed = False
+        self._poller = Poller(reader, interval_s, clock)
+
+    def read(self) -> Values:
+        """The reading that was made since the last tick, else none."""
+        return self._poller.take() or (None,) * len(self.channels)
+
+    def notes(self) -> dict[str, str]:
+        """What went wrong."""
+        why = self._poller.explanation()
+        return {self._noted: why} if why else {}
+
+    def close(self) -> None:
+        """Ends the thread and releases the source."""
+        if not self._closed:
+            self._closed = True
+            self._poller.close()
+            self._release()

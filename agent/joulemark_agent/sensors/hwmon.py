@@ -14,11 +14,22 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
-from joulemark.errors import BadInput
+from pydantic import Field
+
 from joulemark.wire import Channel
-from joulemark_agent.sensors import NotPresent, Options, Pace, Sensor, Values, distinct, identifier
+from joulemark_agent.sensors import (
+    NotPresent,
+    Options,
+    Pace,
+    Sensor,
+    SettingsModel,
+    Values,
+    distinct,
+    identifier,
+    settings_of,
+)
 from joulemark_agent.sysfs import KeptFile, Roots, entries, hwmon_devices, text_or_none
 
 Meaning = Literal["wall", "rail", "package"]
@@ -132,20 +143,15 @@ def _channel(name: str, quantity: _Quantity, total: bool, meaning: Meaning) -> C
     )
 
 
-def _settings(options: Options) -> tuple[tuple[str, ...], Meaning]:
-    total, meaning = options.settings.get("total", []), options.settings.get("meaning", "rail")
-    good = isinstance(total, list) and all(isinstance(name, str) for name in total) and meaning in get_args(Meaning)
-    if not good or set(options.settings) - {"total", "meaning"}:
-        raise BadInput(
-            'sensor hwmon: settings are total = ["CHIP.LABEL", …] and meaning = "wall", "rail" or "package"',
-            "correct the device profile",
-        )
-    return tuple(total), meaning
+class _Settings(SettingsModel):
+    total: list[str] = Field(default_factory=list[str])
+    meaning: Meaning = "rail"
 
 
 def probe(roots: Roots, options: Options) -> Sensor:
     """Meters and fans of all chips. Raises NotPresent when there is none, or not the one that the profile's total needs."""
-    total, meaning = _settings(options)
+    settings = settings_of(_Settings, options, "hwmon")
+    total, meaning = tuple(settings.total), settings.meaning
     found: list[_Quantity] = []
     for device in hwmon_devices(roots):
         chip = text_or_none(device / "name") or device.name

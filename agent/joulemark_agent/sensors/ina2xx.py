@@ -14,15 +14,13 @@ Truth: TI SBOS448 (INA219) and SBOS547 (INA226).
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from joulemark.errors import BadInput
 from joulemark.wire import Channel
-from joulemark_agent.sensors import NotPresent, Options, Sensor, Values
+from joulemark_agent.sensors import NotPresent, Options, Sensor, SettingsModel, Values, settings_of
 from joulemark_agent.sysfs import Roots
 
 _CONFIGURATION, _SHUNT, _BUS, _MAKER, _DIE = 0x00, 0x01, 0x02, 0xFE, 0xFF
@@ -48,9 +46,7 @@ _CHIPS = {
 }
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
+class _Settings(SettingsModel):
     chip: Literal["ina219", "ina226"]
     shunt_ohm: Annotated[float, Field(gt=1e-5, le=10)]
     bus: Annotated[int, Field(ge=0, le=255)] = 1
@@ -166,20 +162,15 @@ class _Ina2xx:
         self._bus = None
 
 
-def _settings(given: Mapping[str, Any]) -> _Settings:
-    if not given:
+def _settings(options: Options) -> _Settings:
+    if not options.settings:
         raise NotPresent("no chip is named", 'say chip = "ina226" and shunt_ohm in the device profile')
-    try:
-        return _Settings.model_validate(dict(given))
-    except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in fault["loc"])
-        raise BadInput(f"sensor ina2xx: {where}: {fault['msg']}", "correct the device profile") from error
+    return settings_of(_Settings, options, "ina2xx")
 
 
 def probe(roots: Roots, options: Options) -> Sensor:
     """The named chip. Raises NotPresent when nothing, something else, or the kernel's driver is at its address."""
-    settings = _settings(options.settings)
+    settings = _settings(options)
     sensor = _Ina2xx(_open_bus(settings.bus), settings)
     try:
         sensor.set_up()

@@ -19,9 +19,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from joulemark.errors import BadInput
+from pydantic import Field
+
 from joulemark.wire import Channel
-from joulemark_agent.sensors import NotPresent, Options, Sensor, Values, distinct, identifier
+from joulemark_agent.sensors import (
+    NotPresent,
+    Options,
+    Sensor,
+    SettingsModel,
+    Values,
+    distinct,
+    identifier,
+    settings_of,
+)
 from joulemark_agent.sysfs import KeptFile, Roots, entries, text_or_none
 
 _PLAUSIBLE_W = (-1.0, 500.0)
@@ -114,17 +124,13 @@ class _Ina3221:
                 file.close()
 
 
-def _wanted(options: Options) -> tuple[str, ...]:
-    total = options.settings.get("total", [])
-    unknown = set(options.settings) - {"total"}
-    if unknown or not isinstance(total, list) or not all(isinstance(label, str) for label in total):
-        raise BadInput("sensor ina3221: its one setting is total = [rail labels]", "correct the device profile")
-    return tuple(total)
+class _Settings(SettingsModel):
+    total: list[str] = Field(default_factory=list[str])
 
 
 def probe(roots: Roots, options: Options) -> Sensor:
     """All connected rails. Raises NotPresent without the chip, or without a rail that the profile's total needs."""
-    wanted = _wanted(options)
+    wanted = settings_of(_Settings, options, "ina3221").total
     rails = [rail for rail in (*_iio_rails(roots), *_hwmon_rails(roots)) if rail.label.upper() != "NC"]
     if not rails:
         raise NotPresent("the kernel offers no INA3221 (Jetson boards have them)")

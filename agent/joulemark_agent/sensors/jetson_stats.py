@@ -14,12 +14,22 @@ import selectors
 import signal
 import subprocess
 import sys
-from typing import Any
+from typing import Annotated, Any
 
-from joulemark.errors import BadInput
+from pydantic import Field
+
 from joulemark.wire import Channel
-from joulemark_agent.sensors import NotPresent, Options, Sensor, Values, distinct, identifier
-from joulemark_agent.sensors._polling import Poller
+from joulemark_agent.sensors import (
+    NotPresent,
+    Options,
+    Sensor,
+    SettingsModel,
+    Values,
+    distinct,
+    identifier,
+    settings_of,
+)
+from joulemark_agent.sensors._polling import PolledSensor
 from joulemark_agent.sysfs import Roots, Unreadable, entries
 
 _MOST_BYTES = 65_536
@@ -72,59 +82,43 @@ class _Process:
             self._process.stdout.close()
 
 
-class _JetsonStats:
-    def __init__(self, process: _Process, rails: list[str], interval_s: float, total: bool, options: Options) -> None:
-        names = distinct([identifier("jetson_stats", rail) for rail in rails])
-        self.channels = tuple(
-            Channel(
-                name=name,
-                quantity="power",
-                unit="W",
-                source=f"jetson-stats: {rail}"[:200],
-                meaning="rail",
-                total=total and rail == "total",
-            )
-            for name, rail in zip(names, rails, strict=True)
+class _Settings(SettingsModel):
+    interval_s: Annotated[float, Field(ge=0.1, le=60)] = 0.5
+    total: bool = False
+
+
+def _channels(rails: list[str], total: bool) -> tuple[Channel, ...]:
+    names = distinct([identifier("jetson_stats", rail) for rail in rails])
+    return tuple(
+        Channel(
+            name=name,
+            quantity="power",
+            unit="W",
+            source=f"jetson-stats: {rail}"[:200],
+            meaning="rail",
+            total=total and rail == "total",
         )
-        self._rails = rails
-        self._process = process
-        self._interval_s = interval_s
-        # The child sets the pace: each call waits for its next line.
-        self._poller = Poller(self._values, interval_s / 2, options.clock)
-        self._closed = False
-
-    def _values(self) -> Values | Unreadable:
-        rails = self._process.line(4 * self._interval_s)
-        return rails if isinstance(rails, Unreadable) else tuple(rails.get(name) for name in self._rails)
-
-    def read(self) -> Values:
-        return self._poller.take() or (None,) * len(self.channels)
-
-    def notes(self) -> dict[str, str]:
-        why = self._poller.explanation()
-        return {self.channels[0].name: why} if why else {}
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._poller.close()
-            self._process.close()
+        for name, rail in zip(names, rails, strict=True)
+    )
 
 
 def probe(roots: Roots, options: Options) -> Sensor:
     """The rails of the first line. Raises NotPresent where jetson-stats or its service is not there."""
-    interval_s, total = options.settings.get("interval_s", 0.5), options.settings.get("total", False)
-    good = isinstance(interval_s, int | float) and 0.1 <= interval_s <= 60 and isinstance(total, bool)
-    if not good or set(options.settings) - {"interval_s", "total"}:
-        raise BadInput(
-            "sensor jetson_stats: settings are interval_s (0.1 to 60) and total", "correct the device profile"
-        )
+    settings = settings_of(_Settings, options, "jetson_stats")
     if not entries(roots.sys / "bus" / "i2c" / "drivers" / "ina3221") and not (roots.etc / "nv_tegra_release").exists():
         raise NotPresent("this is no Jetson: jetson-stats is not started")
-    process = _Process(float(interval_s))
+    process = _Process(settings.interval_s)
     first = process.line(_FIRST_S)
     if isinstance(first, Unreadable) or not first:
         process.close()
         hint = "optional: pip install jetson-stats, then `sudo jtop --install-service` (AGPL-3.0)"
         raise NotPresent(f"no rails from jetson-stats: {first or 'it names none'}", hint)
-    return _JetsonStats(process, sorted(first), float(interval_s), total, options)
+    rails = sorted(first)
+
+    def values() -> Values | Unreadable:
+        said = process.line(4 * settings.interval_s)
+        return said if isinstance(said, Unreadable) else tuple(said.get(rail) for rail in rails)
+
+    # The child sets the pace: each call waits for its next line.
+    channels, pace_s = _channels(rails, settings.total), settings.interval_s / 2
+    return PolledSensor(channels, values, pace_s, options.clock, release=process.close)

@@ -11,6 +11,7 @@ import re
 
 from joulemark.wire import Channel
 from joulemark_agent.sensors import NotPresent, Options, Pace, Sensor, Values
+from joulemark_agent.sensors._counting import NewEvents
 from joulemark_agent.sysfs import KeptFile, Roots, Unreadable, entries, hwmon_devices, read_number
 
 _COUNTER = re.compile(r"oc\d{1,2}_event_cnt$", re.ASCII)
@@ -19,33 +20,21 @@ _INTERVAL_S = 1.0
 
 class _Overcurrent:
     def __init__(self, counters: list[tuple[KeptFile, float]], options: Options) -> None:
-        self._files = [file for file, _ in counters]
-        self._last = [count for _, count in counters]
-        self._sum = 0.0
+        self._events = NewEvents(counters)
         self._pace = Pace(options.clock, _INTERVAL_S)
-        names = ", ".join(file.path.name for file in self._files)
+        names = ", ".join(file.path.name for file in self._events.files)
         source = f"hwmon soctherm_oc: {names}, new since the start"
         self.channels = (Channel(name="throttle.overcurrent", quantity="count", unit="1", source=source[:200]),)
 
     def read(self) -> Values:
-        return (self._pace.read(self._events),)
-
-    def _events(self) -> float | None:
-        counts = [file.number() for file in self._files]
-        if all(count is None for count in counts):
-            return None
-        for index, count in enumerate(counts):
-            if count is not None:
-                self._sum += max(0.0, count - self._last[index])
-                self._last[index] = count
-        return self._sum
+        return (self._pace.read(self._events.read),)
 
     def notes(self) -> dict[str, str]:
-        reasons = [why for file in self._files if (why := file.explanation())]
+        reasons = [why for file in self._events.files if (why := file.explanation())]
         return {"throttle.overcurrent": "; ".join(reasons)} if reasons else {}
 
     def close(self) -> None:
-        for file in self._files:
+        for file in self._events.files:
             file.close()
 
 

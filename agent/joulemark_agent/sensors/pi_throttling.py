@@ -19,7 +19,7 @@ import re
 from joulemark.wire import Channel
 from joulemark_agent.programs import ask
 from joulemark_agent.sensors import NotPresent, Options, Sensor, Values
-from joulemark_agent.sensors._polling import Poller
+from joulemark_agent.sensors._polling import PolledSensor
 from joulemark_agent.sysfs import Roots, Unreadable
 
 _COMMAND = ("vcgencmd", "get_throttled")
@@ -44,38 +44,29 @@ def raised(bits: int, before: int) -> tuple[bool, ...]:
     return tuple(bool((bits | risen >> 16) & 1 << bit) for bit in range(len(_NAMES)))
 
 
-class _Throttling:
-    channels = tuple(
-        Channel(
-            name=f"throttle.{name}",
-            quantity="flag",
-            unit="1",
-            source=f"vcgencmd get_throttled: bit {bit} now, or bit {bit + 16} newly set",
-        )
-        for bit, name in enumerate(_NAMES)
+_CHANNELS = tuple(
+    Channel(
+        name=f"throttle.{name}",
+        quantity="flag",
+        unit="1",
+        source=f"vcgencmd get_throttled: bit {bit} now, or bit {bit + 16} newly set",
     )
+    for bit, name in enumerate(_NAMES)
+)
 
-    def __init__(self, roots: Roots, before: int, options: Options) -> None:
+
+class _Flags:
+    def __init__(self, roots: Roots, before: int) -> None:
         self._roots = roots
         self._before = before
-        self._poller = Poller(self._values, _INTERVAL_S, options.clock)
 
-    def _values(self) -> Values | Unreadable:
+    def values(self) -> Values | Unreadable:
+        """The four flags now."""
         bits = flags_now(self._roots)
         if isinstance(bits, Unreadable):
             return bits
         flags, self._before = raised(bits, self._before), bits
         return tuple(float(flag) for flag in flags)
-
-    def read(self) -> Values:
-        return self._poller.take() or (None,) * len(self.channels)
-
-    def notes(self) -> dict[str, str]:
-        why = self._poller.explanation()
-        return {self.channels[0].name: why} if why else {}
-
-    def close(self) -> None:
-        self._poller.close()
 
 
 def probe(roots: Roots, options: Options) -> Sensor:
@@ -86,4 +77,4 @@ def probe(roots: Roots, options: Options) -> Sensor:
             "" if bits.reason == "not there" else "let the agent's user into the group of /dev/vcio: usermod -aG video"
         )
         raise NotPresent(f"the Raspberry Pi's firmware cannot be asked: {bits}", hint)
-    return _Throttling(roots, bits, options)
+    return PolledSensor(_CHANNELS, _Flags(roots, bits).values, _INTERVAL_S, options.clock)

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated
 
-from joulemark.errors import BadInput
+from pydantic import Field
+
 from joulemark.wire import Channel
 from joulemark_agent.programs import ask
-from joulemark_agent.sensors import NotPresent, Options, Sensor, Values, identifier
-from joulemark_agent.sensors._polling import Poller
+from joulemark_agent.sensors import NotPresent, Options, Sensor, SettingsModel, Values, identifier, settings_of
+from joulemark_agent.sensors._polling import PolledSensor
 from joulemark_agent.sysfs import Roots, Unreadable
 
 _COMMAND = ("vcgencmd", "pmic_read_adc")
@@ -49,38 +52,24 @@ def _read(roots: Roots) -> dict[str, float] | Unreadable:
     return powers or Unreadable(" ".join(_COMMAND), "failed", text[:120])
 
 
-class _Pmic:
-    def __init__(
-        self, roots: Roots, rails: Sequence[str], options: Options, interval_s: float, fit: tuple[float, float] | None
-    ) -> None:
-        self._roots = roots
-        self._rails = tuple(rails)
-        self._fit = fit
-        self.channels = (*(_part(rail) for rail in rails), *_totals(len(rails), fit))
-        self._poller = Poller(self._values, interval_s, options.clock)
+class _Settings(SettingsModel):
+    interval_s: Annotated[float, Field(ge=0.1, le=60)] = 0.5
+    fit: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
 
-    def _values(self) -> Values | Unreadable:
-        powers = _read(self._roots)
-        if isinstance(powers, Unreadable):
-            return powers
-        missing = [rail for rail in self._rails if rail not in powers]
-        if missing:
-            return Unreadable(" ".join(_COMMAND), "failed", f"no reading of {', '.join(missing)}")
-        total_w = math.fsum(powers[rail] for rail in self._rails)
-        if not total_w <= _PLAUSIBLE_W:
-            return Unreadable(" ".join(_COMMAND), "failed", f"{total_w:g} W is beyond this board")
-        fitted = () if self._fit is None else (self._fit[0] * total_w + self._fit[1],)
-        return (*(powers[rail] for rail in self._rails), total_w, *fitted)
 
-    def read(self) -> Values:
-        return self._poller.take() or (None,) * len(self.channels)
-
-    def notes(self) -> dict[str, str]:
-        why = self._poller.explanation()
-        return {"pmic.sum": why} if why else {}
-
-    def close(self) -> None:
-        self._poller.close()
+def _values(roots: Roots, rails: Sequence[str], fit: tuple[float, float] | None) -> Values | Unreadable:
+    """One value a rail, their sum, and the fitted sum where one is wanted."""
+    powers = _read(roots)
+    if isinstance(powers, Unreadable):
+        return powers
+    missing = [rail for rail in rails if rail not in powers]
+    if missing:
+        return Unreadable(" ".join(_COMMAND), "failed", f"no reading of {', '.join(missing)}")
+    total_w = math.fsum(powers[rail] for rail in rails)
+    if not total_w <= _PLAUSIBLE_W:
+        return Unreadable(" ".join(_COMMAND), "failed", f"{total_w:g} W is beyond this board")
+    fitted = () if fit is None else (fit[0] * total_w + fit[1],)
+    return (*(powers[rail] for rail in rails), total_w, *fitted)
 
 
 def _part(rail: str) -> Channel:
@@ -102,24 +91,15 @@ def _totals(count: int, fit: tuple[float, float] | None) -> list[Channel]:
     return found
 
 
-def _settings(settings: Mapping[str, object]) -> tuple[float, tuple[float, float] | None]:
-    interval_s, fit = settings.get("interval_s", 0.5), settings.get("fit")
-    good = isinstance(interval_s, int | float) and 0.1 <= interval_s <= 60 and not set(settings) - {"interval_s", "fit"}
-    if fit is None and good:
-        return float(interval_s), None  # type: ignore[arg-type]
-    if good and isinstance(fit, list) and len(fit) == 2 and all(isinstance(number, int | float) for number in fit):
-        return float(interval_s), (float(fit[0]), float(fit[1]))  # type: ignore[arg-type]
-    raise BadInput(
-        "sensor pmic: settings are interval_s (0.1 to 60) and fit = [factor, offset in watts]", "correct the profile"
-    )
-
-
 def probe(roots: Roots, options: Options) -> Sensor:
     """The rails that the chip reports. Raises NotPresent where vcgencmd does not give any (every Pi before the 5)."""
-    interval_s, fit = _settings(options.settings)
+    settings = settings_of(_Settings, options, "pmic")
     powers = _read(roots)
     if isinstance(powers, Unreadable):
         permitted = "not permitted" in str(powers) or "VCHI" in str(powers) or "vcio" in str(powers)
         hint = "let the agent's user into the group of /dev/vcio: usermod -aG video joulemark" if permitted else ""
         raise NotPresent(f"no PMIC can be read: {powers}", hint)
-    return _Pmic(roots, sorted(powers), options, interval_s, fit)
+    rails, fit = sorted(powers), (settings.fit[0], settings.fit[1]) if settings.fit else None
+    channels = (*(_part(rail) for rail in rails), *_totals(len(rails), fit))
+    read = partial(_values, roots, rails, fit)
+    return PolledSensor(channels, read, settings.interval_s, options.clock, noted="pmic.sum")

@@ -11,9 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from joulemark.errors import BadInput
+from pydantic import Field
+
 from joulemark.wire import Channel
-from joulemark_agent.sensors import NotPresent, Options, Pace, Sensor, Values, distinct, identifier
+from joulemark_agent.sensors import (
+    NotPresent,
+    Options,
+    Pace,
+    Sensor,
+    SettingsModel,
+    Values,
+    distinct,
+    identifier,
+    settings_of,
+)
 from joulemark_agent.sysfs import NO_READING, KeptFile, Roots, entries, text_or_none
 
 _INTERVAL_S = 0.5
@@ -77,22 +88,18 @@ class _Thermal:
             zone.close()
 
 
+class _Settings(SettingsModel):
+    skip: list[str] = Field(default_factory=list[str])
+
+
 def probe(roots: Roots, options: Options) -> Sensor:
     """All thermal zones, also those without a reading now: they may come back. Raises NotPresent when there is none."""
     folders = [f for f in entries(roots.sys / "class" / "thermal") if f.name.startswith("thermal_zone")]
     if not folders:
         raise NotPresent("the kernel offers no thermal zone in /sys/class/thermal")
-    skipped = _skipped(options)
+    skipped = settings_of(_Settings, options, "thermal").skip
     named = [(folder, text_or_none(folder / "type") or folder.name) for folder in folders]
     kept = [(folder, kind) for folder, kind in named if kind not in skipped]
     if not kept:
         raise NotPresent(f"every thermal zone is one that the profile skips: {', '.join(sorted(skipped))}")
     return _Thermal([folder for folder, _ in kept], [kind for _, kind in kept], options.clock)
-
-
-def _skipped(options: Options) -> frozenset[str]:
-    skip = options.settings.get("skip", [])
-    good = isinstance(skip, list) and all(isinstance(kind, str) for kind in skip)
-    if not good or set(options.settings) - {"skip"}:
-        raise BadInput("sensor thermal: its one setting is skip = [zone types]", "correct the device profile")
-    return frozenset(skip)

@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 from joulemark.wire import Channel
 from joulemark_agent.sensors import NotPresent, Options, Pace, Sensor, Values
+from joulemark_agent.sensors._counting import NewEvents
 from joulemark_agent.sysfs import KeptFile, Roots, Unreadable, entries, read_number, text_or_none
 
 _SLOWS_A_PROCESSOR = re.compile(
@@ -92,9 +93,8 @@ class _GovernorChanged:
 
 class _Events:
     def __init__(self, counters: list[tuple[KeptFile, float]], clock: Callable[[], float]) -> None:
-        self.files = [file for file, _ in counters]
-        self._last = [count for _, count in counters]
-        self._sum = 0.0
+        self._events = NewEvents(counters)
+        self.files = self._events.files
         self._pace = Pace(clock, _EVENTS_INTERVAL_S)
         self.channel = Channel(
             name="throttle.events",
@@ -104,17 +104,7 @@ class _Events:
         )
 
     def read(self) -> float | None:
-        return self._pace.read(self._events)
-
-    def _events(self) -> float | None:
-        counts = [file.number() for file in self.files]
-        if all(count is None for count in counts):
-            return None
-        for index, count in enumerate(counts):
-            if count is not None:
-                self._sum += max(0.0, count - self._last[index])
-                self._last[index] = count
-        return self._sum
+        return self._pace.read(self._events.read)
 
 
 _Part = _Cooling | _FrequencyCap | _GovernorChanged | _Events

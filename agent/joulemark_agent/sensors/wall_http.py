@@ -3,7 +3,8 @@
 Owns: asking it, and finding power and energy in its answer. Not aware of who makes it.
 Settings: `url`; either `kind` = "shelly" (Gen 2 and later: …/rpc/Switch.GetStatus?id=0), "shelly1" (…/meter/0) or "tasmota"
 (…/cm?cmnd=Status%208), or `power`, a JSON pointer (RFC 6901) to watts; `interval_s` (default 1: such sockets measure about once a second)
-and `timeout_s` (default 2). A socket that rounds to whole watts (Tasmota until `PowerRes 3`) makes coarse joules.
+and `timeout_s` (default 2). What it tells is about the last second, so that a phase of a few seconds is blurred by one. A socket that
+rounds to whole watts (Tasmota until `PowerRes 3`) makes coarse joules.
 
 The answer is bounded to 64 KiB, redirects are not followed, and what it says beyond the one number is not looked at.
 """
@@ -15,12 +16,12 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from joulemark.errors import BadInput
 from joulemark.wire import Channel
-from joulemark_agent.sensors import NotPresent, Options, Sensor, Values
-from joulemark_agent.sensors._polling import Poller
+from joulemark_agent.sensors import NotPresent, Options, Sensor, SettingsModel, Values, settings_of
+from joulemark_agent.sensors._polling import PolledSensor
 from joulemark_agent.sysfs import Roots, Unreadable
 
 _MOST_BYTES = 65_536
@@ -29,9 +30,7 @@ _PLAUSIBLE_W = (-1.0, 4000.0)
 _POINTERS = {"shelly": "/apower", "shelly1": "/power", "tasmota": "/StatusSNS/ENERGY/Power"}
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
+class _Settings(SettingsModel):
     url: Annotated[str, Field(pattern=r"^https?://[^\s]{1,400}$")]
     kind: Literal["shelly", "shelly1", "tasmota"] | None = None
     power: Annotated[str, Field(pattern=r"^/.{1,200}$")] | None = None
@@ -58,23 +57,22 @@ def find(document: object, pointer: str) -> float | None:
     return float(place) if isinstance(place, int | float) and not isinstance(place, bool) else None
 
 
-class _Wall:
+class _Socket:
     def __init__(self, settings: _Settings) -> None:
         self.settings = settings
         host = urlsplit(settings.url).hostname or settings.url
         source = f"wall socket {host}: {settings.pointer}"
-        self.channels = (
-            Channel(name="wall.power", quantity="power", unit="W", source=source[:200], meaning="wall", total=True),
+        self.channel = Channel(
+            name="wall.power", quantity="power", unit="W", source=source[:200], meaning="wall", total=True
         )
         # No proxy of the environment: the socket is on the local network.
-        self._client = httpx.Client(timeout=settings.timeout_s, follow_redirects=False, trust_env=False)
-        self._poller: Poller | None = None
+        self.client = httpx.Client(timeout=settings.timeout_s, follow_redirects=False, trust_env=False)
 
     def ask(self) -> Values | Unreadable:
         """One reading, or why there is none."""
         place = self.settings.url
         try:
-            with self._client.stream("GET", place) as answer:
+            with self.client.stream("GET", place) as answer:
                 if answer.status_code != 200:
                     return Unreadable(place, "failed", f"HTTP status {answer.status_code}")
                 body = b""
@@ -93,32 +91,11 @@ class _Wall:
             return Unreadable(place, "failed", f"{power_w:g} W is implausible")
         return (power_w,)
 
-    def begin(self, options: Options) -> None:
-        """Ask again and again from now on."""
-        self._poller = Poller(self.ask, self.settings.interval_s, options.clock)
-
-    def read(self) -> Values:
-        return (self._poller.take() if self._poller else None) or (None,)
-
-    def notes(self) -> dict[str, str]:
-        why = self._poller.explanation() if self._poller else None
-        return {"wall.power": why} if why else {}
-
-    def close(self) -> None:
-        if self._poller is not None:
-            self._poller.close()
-        self._client.close()
-
 
 def _settings(options: Options) -> _Settings:
     if not options.settings:
         raise NotPresent("no wall socket is named", 'say url and kind = "shelly" in the device profile')
-    try:
-        settings = _Settings.model_validate(dict(options.settings))
-    except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in fault["loc"])
-        raise BadInput(f"sensor wall_http: {where}: {fault['msg']}", "correct the device profile") from error
+    settings = settings_of(_Settings, options, "wall_http")
     if (settings.kind is None) == (settings.power is None):
         raise BadInput("sensor wall_http: it needs either kind or power", "correct the device profile")
     return settings
@@ -126,12 +103,12 @@ def _settings(options: Options) -> _Settings:
 
 def probe(roots: Roots, options: Options) -> Sensor:
     """The socket, when it answers with a number now. Raises NotPresent with what it said instead."""
-    sensor = _Wall(_settings(options))
-    first = sensor.ask()
+    socket = _Socket(_settings(options))
+    first = socket.ask()
     if isinstance(first, Unreadable):
-        sensor.close()
+        socket.client.close()
         raise NotPresent(
             f"the wall socket gives no power: {first}", "open its address in a browser; check kind or power"
         )
-    sensor.begin(options)
-    return sensor
+    interval_s, release = socket.settings.interval_s, socket.client.close
+    return PolledSensor((socket.channel,), socket.ask, interval_s, options.clock, release=release)

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from joulemark.errors import BadInput
 from joulemark.wire import Channel
-from joulemark_agent.sensors import NotPresent, Options, Sensor, Values
-from joulemark_agent.sensors._polling import Poller
+from joulemark_agent.sensors import NotPresent, Options, Sensor, SettingsModel, Values, settings_of
+from joulemark_agent.sensors._polling import PolledSensor
 from joulemark_agent.sysfs import Roots, Unreadable, parse_number
 
 _MOST_BYTES = 256
@@ -24,9 +23,7 @@ _OVERFLOW = 9.9e37
 """SCPI's number for "over range"."""
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
+class _Settings(SettingsModel):
     port: Annotated[str, Field(pattern=r"^(/dev/[A-Za-z0-9/_.:+-]{1,200}|socket://[A-Za-z0-9._:\[\]-]{1,200})$")]
     query: Annotated[str, Field(pattern=r"^[ -~]{1,80}$")] = ":MEAS:POW?"
     baud: Annotated[int, Field(ge=300, le=4_000_000)] = 9600
@@ -57,28 +54,20 @@ def _open(settings: _Settings) -> _Line:
     return opened
 
 
-class _Scpi:
+class _Instrument:
     def __init__(self, settings: _Settings, line: _Line) -> None:
         self.settings = settings
-        self._line = line
+        self.line = line
         source = f"SCPI meter at {settings.port}: {settings.query}"
-        self.channels = (
-            Channel(
-                name="meter.power",
-                quantity="power",
-                unit="W",
-                source=source[:200],
-                meaning=settings.meaning,
-                total=True,
-            ),
+        self.channel = Channel(
+            name="meter.power", quantity="power", unit="W", source=source[:200], meaning=settings.meaning, total=True
         )
-        self._poller: Poller | None = None
 
     def ask(self) -> Values | Unreadable:
         """One reading, or why there is none. An answer that came too late is thrown away before the next question."""
-        self._line.reset_input_buffer()
-        self._line.write(self.settings.query.encode("ascii") + b"\n")
-        answer = self._line.read_until(b"\n", _MOST_BYTES)
+        self.line.reset_input_buffer()
+        self.line.write(self.settings.query.encode("ascii") + b"\n")
+        answer = self.line.read_until(b"\n", _MOST_BYTES)
         if not answer.endswith(b"\n"):
             return Unreadable(self.settings.port, "no answer in time", f"{self.settings.timeout_s:g} s")
         power_w = parse_number(self.settings.port, answer.split(b",")[0].strip())
@@ -90,44 +79,23 @@ class _Scpi:
             return Unreadable(self.settings.port, "failed", f"{power_w:g} W is implausible")
         return (power_w,)
 
-    def begin(self, options: Options) -> None:
-        """Ask again and again from now on."""
-        self._poller = Poller(self.ask, self.settings.interval_s, options.clock)
-
-    def read(self) -> Values:
-        return (self._poller.take() if self._poller else None) or (None,)
-
-    def notes(self) -> dict[str, str]:
-        why = self._poller.explanation() if self._poller else None
-        return {"meter.power": why} if why else {}
-
-    def close(self) -> None:
-        if self._poller is not None:
-            self._poller.close()
-        self._line.close()
-
 
 def _settings(options: Options) -> _Settings:
     if not options.settings:
         raise NotPresent("no SCPI meter is named", 'say port = "/dev/ttyUSB0" in the device profile')
-    try:
-        return _Settings.model_validate(dict(options.settings))
-    except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in fault["loc"])
-        raise BadInput(f"sensor wall_scpi: {where}: {fault['msg']}", "correct the device profile") from error
+    return settings_of(_Settings, options, "wall_scpi")
 
 
 def probe(roots: Roots, options: Options) -> Sensor:
     """The meter, when it answers with a number now. Raises NotPresent with what it said instead."""
     settings = _settings(options)
-    sensor = _Scpi(settings, _open(settings))
+    instrument = _Instrument(settings, _open(settings))
     try:
-        first = sensor.ask()
+        first = instrument.ask()
     except OSError as error:
         first = Unreadable(settings.port, "read error", str(error))
     if isinstance(first, Unreadable):
-        sensor.close()
+        instrument.line.close()
         raise NotPresent(f"the meter gives no power: {first}", "check query, baud rate and the meter's mode")
-    sensor.begin(options)
-    return sensor
+    release = instrument.line.close
+    return PolledSensor((instrument.channel,), instrument.ask, settings.interval_s, options.clock, release=release)
