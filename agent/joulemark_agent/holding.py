@@ -58,9 +58,10 @@ def held(roots: Roots, wanted: Tuning | None, note: Path) -> Generator[None]:
         raise TuningRefused("the machine is not set as it was before an earlier run", hint)
     mode = _mode_number(roots, wanted.power_mode) if wanted.power_mode is not None else None
     _check_governor(roots, wanted.governor)
-    before = _Before(
-        power_mode=tuning.power_mode_number(roots) if mode is not None else None, files=_read(roots, wanted)
-    )
+    # A power mode sets clocks and governor by itself: then all that this module can set is kept in mind.
+    touched = wanted if mode is None else Tuning(governor="any", fixed_clocks=True)
+    number = tuning.power_mode_number(roots) if mode is not None else None
+    before = _Before(power_mode=number, files=_read(roots, touched))
     replace_file(note, [before.model_dump_json().encode()])
     try:
         if mode is not None:
