@@ -22,7 +22,7 @@ from pathlib import Path
 
 from joulemark_deploy.files import deploy_file
 from joulemark_deploy.targets import GLIBC_FLOOR, InstructionSet
-from joulemark_deploy.tools import run
+from joulemark_deploy.tools import pip, run
 
 VERSION = "0.3.36"
 TOOLS = ("ziglang==0.17.1", "scikit-build-core==1.1.2", "cmake==4.4.5", "ninja==1.13.2")
@@ -60,8 +60,7 @@ def _environment(work: Path) -> Path:
     if not (folder / "complete").exists():
         shutil.rmtree(folder, ignore_errors=True)
         run([sys.executable, "-m", "venv", str(folder)], "the build's environment could not be made")
-        install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *TOOLS]
-        run(install, "the build's tools could not be installed")
+        run(pip("install", "-q", *TOOLS, python=python), "the build's tools could not be installed")
         (folder / "complete").touch()
     return python
 
@@ -71,16 +70,7 @@ def _source(work: Path, python: Path) -> Path:
     folder = work / f"llama_cpp_python-{VERSION}"
     if not (folder / "complete").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        download = [
-            str(python),
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--disable-pip-version-check",
-            "--no-deps",
-            "--no-build-isolation",
-        ]
+        download = pip("download", "-q", "--no-deps", "--no-build-isolation", python=python)
         download += ["--no-binary", "llama-cpp-python", "-d", str(work), f"llama-cpp-python=={VERSION}"]
         run(download, "the engine's source could not be fetched")
         archive = work / f"llama_cpp_python-{VERSION}.tar.gz"
@@ -143,16 +133,7 @@ def _build(work: Path, python: Path, source: Path, instructions: InstructionSet,
         "CMAKE_ARGS": " ".join(f"-D{name}={value}" for name, value in definitions.items()),
         "ZIG_GLOBAL_CACHE_DIR": str(work / "zig-cache"),
     }
-    command = [
-        str(python),
-        "-m",
-        "pip",
-        "wheel",
-        "-v",
-        "--disable-pip-version-check",
-        "--no-build-isolation",
-        "--no-deps",
-    ]
+    command = pip("wheel", "-v", "--no-build-isolation", "--no-deps", python=python)
     command += ["--no-cache-dir", "-w", str(out), "-C", f"build-dir={work / 'build'}", str(source)]
 
     def tell(line: bytes) -> None:

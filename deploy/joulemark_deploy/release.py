@@ -32,7 +32,7 @@ from joulemark.errors import BadInput
 from joulemark_deploy import cross_engine, portable_python, wheelhouse
 from joulemark_deploy.files import deploy_file
 from joulemark_deploy.targets import Target
-from joulemark_deploy.tools import run
+from joulemark_deploy.tools import pip, run
 
 MANIFEST = "release.json"
 UNIT_FILES = ("joulemark-agent.service", "99-joulemark.rules")
@@ -132,17 +132,7 @@ def _key(wheels: Path) -> str:
 
 def _install_packages(wheels: Path, requirements: Path, site: Path) -> None:
     tag = portable_python.VERSION.replace(".", "")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--disable-pip-version-check",
-        "--no-compile",
-        "--no-index",
-        "--no-deps",
-    ]
+    command = pip("install", "-q", "--no-compile", "--no-index", "--no-deps")
     command += ["--require-hashes", "--only-binary", ":all:", "--find-links", str(wheels), "--target", str(site)]
     command += ["--python-version", portable_python.VERSION, "--implementation", "cp"]
     command += [part for name in (f"cp{tag}", "abi3", "none") for part in ("--abi", name)]

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from joulemark.errors import ToolFailed
 
 Line = Callable[[bytes], None]
 _TAIL_LINES = 40
 _TAIL_CHARACTERS = 2000
+
+
+def pip(verb: str, *options: str, python: Path | None = None) -> list[str]:
+    """The command that runs pip's `verb` in this Python's environment, or in that of `python`."""
+    return [str(python or sys.executable), "-m", "pip", verb, "--disable-pip-version-check", *options]
 
 
 def run(

@@ -29,7 +29,7 @@ from joulemark.errors import BadInput, Conflict, NotFound
 from joulemark_deploy import cross_engine, elf
 from joulemark_deploy.files import checkout
 from joulemark_deploy.targets import INSTRUCTION_SETS, Target
-from joulemark_deploy.tools import run
+from joulemark_deploy.tools import pip, run
 
 EXTRAS = ("agent", "llama", "onnx", "pi", "meters")
 GLIBC = {"3.10": (2, 35), "3.11": (2, 36), "3.13": (2, 41)}
@@ -184,18 +184,7 @@ def _own_wheel(given: Path | None, folder: Path) -> Path:
             "joulemark runs from an installed package: its own wheel is not at hand",
             "name it with --joulemark FILE.whl",
         )
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "-w",
-        str(folder),
-        str(source),
-    ]
+    command = pip("wheel", "-q", "--no-deps", "-w", str(folder), str(source))
     run(command, "joulemark's own wheel could not be built")
     return next(folder.glob("joulemark-*.whl"))
 
@@ -217,16 +206,7 @@ def _collect(folder: Path, work: Path, python: str, own: Path, engine: Path) -> 
     lock.write_text("".join(kept), "utf-8")
     fetched = work / f"fetched-{python}"
     tag = python.replace(".", "")
-    fetch = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--require-hashes",
-    ]
+    fetch = pip("download", "-q", "--no-deps", "--require-hashes")
     fetch += ["--only-binary", ":all:", "--implementation", "cp", "--python-version", python, "-d", str(fetched)]
     fetch += [part for name in (f"cp{tag}", "abi3", "none") for part in ("--abi", name)]
     fetch += [part for name in platforms(python) for part in ("--platform", name)]

@@ -20,9 +20,13 @@ from joulemark.errors import NotFound
 from joulemark.wishes import tuning_of
 from joulemark_host.options import (
     DEFAULT_DATA,
+    AnywayOption,
     DatabaseOption,
     DataOption,
+    FixClocksOption,
+    GovernorOption,
     JsonOption,
+    PowerModeOption,
     ShelfOption,
     commands,
     host_identity,
@@ -144,18 +148,10 @@ def evaluate(
     context: Annotated[int | None, typer.Option(min=16, help="Context length; default: the model's own.")] = None,
     backend: Annotated[str | None, typer.Option(help="Engine; default: the board's first that opens the file.")] = None,
     variant: Annotated[str, typer.Option(help="A word for what is special here, such as 'with fan'.")] = "",
-    governor: Annotated[
-        str | None, typer.Option(help="Frequency governor while the run lasts, such as performance; then as before.")
-    ] = None,
-    power_mode: Annotated[
-        str | None, typer.Option(help="A Jetson's power mode while the run lasts, by name or number; then as before.")
-    ] = None,
-    fix_clocks: Annotated[
-        bool, typer.Option("--fix-clocks", help="Every clock at its upper limit while the run lasts; then as before.")
-    ] = False,
-    anyway: Annotated[
-        bool, typer.Option("--anyway", help="Begin also on a board whose supply's voltage is too low (then INVALID).")
-    ] = False,
+    governor: GovernorOption = None,
+    power_mode: PowerModeOption = None,
+    fix_clocks: FixClocksOption = False,
+    anyway: AnywayOption = False,
     data: DataOption = DEFAULT_DATA,
     shelf_at: ShelfOption = None,
     database: DatabaseOption = None,

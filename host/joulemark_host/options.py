@@ -35,6 +35,18 @@ ShelfOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+GovernorOption = Annotated[
+    str | None, typer.Option(help="Frequency governor while the run lasts, such as performance; then as before.")
+]
+PowerModeOption = Annotated[
+    str | None, typer.Option(help="A Jetson's power mode while the run lasts, by name or number; then as before.")
+]
+FixClocksOption = Annotated[
+    bool, typer.Option("--fix-clocks", help="Every clock at its upper limit while the run lasts; then as before.")
+]
+AnywayOption = Annotated[
+    bool, typer.Option("--anyway", help="Begin also on a board whose supply's voltage is too low (then INVALID).")
+]
 DEFAULT_DATA = Path("~/.local/share/joulemark/host")
 
 

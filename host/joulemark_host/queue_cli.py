@@ -21,9 +21,13 @@ from joulemark_host.evaluation import Subject
 from joulemark_host.holdings import Target
 from joulemark_host.options import (
     DEFAULT_DATA,
+    AnywayOption,
     DatabaseOption,
     DataOption,
+    FixClocksOption,
+    GovernorOption,
     JsonOption,
+    PowerModeOption,
     ShelfOption,
     commands,
     hand_down,
@@ -51,18 +55,10 @@ def sweep(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first documents of each task.")] = None,
     backend: Annotated[str | None, typer.Option(help="Engine; default: the board's first that opens the file.")] = None,
     variant: Annotated[str, typer.Option(help="A word for what is special here, such as 'with fan'.")] = "",
-    governor: Annotated[
-        str | None, typer.Option(help="Frequency governor while the run lasts, such as performance; then as before.")
-    ] = None,
-    power_mode: Annotated[
-        str | None, typer.Option(help="A Jetson's power mode while the run lasts, by name or number; then as before.")
-    ] = None,
-    fix_clocks: Annotated[
-        bool, typer.Option("--fix-clocks", help="Every clock at its upper limit while the run lasts; then as before.")
-    ] = False,
-    anyway: Annotated[
-        bool, typer.Option("--anyway", help="Begin also on a board whose supply's voltage is too low (then INVALID).")
-    ] = False,
+    governor: GovernorOption = None,
+    power_mode: PowerModeOption = None,
+    fix_clocks: FixClocksOption = False,
+    anyway: AnywayOption = False,
     retry_failed: Annotated[bool, typer.Option(help="Queue failed runs once more.")] = False,
     wait: Annotated[bool, typer.Option(help="Watch until every run has ended.")] = True,
     cancel: Annotated[bool, typer.Option("--cancel", help="End the sweep of this name instead.")] = False,
