@@ -57,11 +57,7 @@ def libraries(wheel: Path) -> list[Library]:
                     if file.read(4) != b"\x7fELF":
                         continue
                 found.append(_library(entry.filename, archive.read(entry)))
-    except (
-        zipfile.BadZipFile,
-        NotImplementedError,
-        OSError,
-    ) as error:  # zipfile raises the second for a compression it lacks
+    except (zipfile.BadZipFile, NotImplementedError, OSError) as error:  # the second: a compression that zipfile lacks
         raise BadInput(f"{wheel.name} is no wheel: {error}", "download or build it again") from error
     except (ELFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
         raise BadInput(f"{wheel.name} holds a library that cannot be read: {error}", "build it again") from error
