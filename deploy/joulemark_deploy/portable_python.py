@@ -184,6 +184,9 @@ def fetched(package: Package, cache: Path) -> Path:
         except (OSError, urllib.error.URLError) as error:
             reasons.append(f"{place}: {error}")
             continue
+        if len(content) < package.size_bytes:
+            reasons.append(f"{place}: it ended after {len(content)} of {package.size_bytes} bytes")
+            continue
         if not _is(content, package):
             raise DigestMismatch(f"{place} is not the pinned file", "a proxy may have changed it; try again elsewhere")
         temporary = path.with_suffix(f".{os.getpid()}.part")

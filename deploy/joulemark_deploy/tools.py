@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -44,8 +45,11 @@ def run(
     with process:
         assert process.stdout is not None
         if stdin is not None and process.stdin is not None:
-            process.stdin.write(stdin)
-            process.stdin.close()
+            # A program that ends without having read: what it said and its exit status tell why.
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(stdin)
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
         for line in process.stdout:
             tail = [*tail[1 - _TAIL_LINES :], line]
             if each_line is not None:
