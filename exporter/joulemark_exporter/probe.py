@@ -95,6 +95,10 @@ def opened(engine: str, path: Path, threads: int) -> Generator[Probe]:
                 yield Probe(process, errors, shared)
             finally:
                 process.kill()
+                assert process.stdin is not None
+                # A question that a dead engine never read is still in the buffer; its loss must not hide why the engine died.
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
 
 
 def main(engine: str, path: str, threads: str, shared: str) -> None:

@@ -104,7 +104,9 @@ def test_an_engine_that_dies_is_an_error_with_its_last_words(tmp_path: Path) -> 
     hub_models.write(tmp_path / "model", "llama")
     path = write(tmp_path / "model", tmp_path / "out")
     with probe.opened("llamacpp", path, 1) as session, pytest.raises(EngineFailed, match="ended with status"):
-        session._process.kill()  # pyright: ignore[reportPrivateUsage]
+        process = vars(session)["_process"]
+        process.kill()
+        process.wait()  # so that the question breaks on the pipe, and stays in its buffer
         session.tokenize("a")
     (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:5000])
     with probe.opened("llamacpp", tmp_path / "cut.gguf", 1) as session, pytest.raises(EngineFailed, match="refuses"):
