@@ -10,19 +10,20 @@ SOURCES := agent exporter host deploy tests
 demo: $(VENV)/.installed
 	$(BIN)/joulemark demo --out demo-output
 
-# Tests that mostly wait for processes run three at a time; those that compute beside those of emulated boards, which compute on one core;
-# those that look at the clock one after the other.
+# Tests of emulated boards run in the background from the first on: the first build for boards takes minutes, and a board computes on one
+# core. Beside them, first what mostly waits for processes, three at a time, then what computes; last, with nothing beside it, what looks
+# at the clock.
 BOARDS := tests/boards
 PARITY := tests/joulemark_agent/test_parity.py
 WAITING := tests/browser tests/deploy tests/e2e tests/faults tests/joulemark_host
 COMPUTING := tests/contract tests/joulemark tests/joulemark_deploy tests/joulemark_exporter tests/joulemark_http tests/study
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n 3 $(WAITING)
-	@echo "emulated boards run beside the next tests; what they say follows"
-	@$(BIN)/python -m pytest -q $(BOARDS) >$(VENV)/boards.log 2>&1 & boards=$$!; \
+	@echo "emulated boards run beside the next tests; what they say follows after these"
+	@nice -n 5 $(BIN)/python -m pytest -q $(BOARDS) >$(VENV)/boards.log 2>&1 & boards=$$!; \
+	$(BIN)/python -m pytest -q -n 3 $(WAITING); waiting=$$?; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(COMPUTING); computing=$$?; \
 	$(BIN)/python -m pytest -q $(PARITY); parity=$$?; \
-	wait $$boards; boards=$$?; cat $(VENV)/boards.log; exit $$((computing | parity | boards))
+	wait $$boards; boards=$$?; cat $(VENV)/boards.log; exit $$((waiting | computing | parity | boards))
 	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(BOARDS) $(WAITING) $(COMPUTING) $(PARITY))
 
 bench: $(VENV)/.installed-test
