@@ -29,6 +29,7 @@ _AGENT = "joulemark_agent.cli"
 _PROFILE = "joulemark_agent.profile_cli"
 _EXPORTER = "joulemark_exporter.cli"
 _DEPLOY = "joulemark_deploy.cli"
+_FLASH = "joulemark_deploy.flash_cli"
 _HOST = "joulemark_host.cli"
 _FLEET = "joulemark_host.fleet_cli"
 _QUEUE = "joulemark_host.queue_cli"
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Command] = {
     "adapter": Command(_EXPORTER, "export", "write a LoRA adapter as a GGUF file for hot-swapping"),
     "wheelhouse": Command(_DEPLOY, "deploy", "wheels for boards, which then need no compiler: build, check"),
     "release": Command(_DEPLOY, "deploy", "one file with everything for a board, its own Python too: build"),
+    "flash": Command(_FLASH, "deploy", "write a card that starts, enrols and measures by itself"),
     "install": Command(_DEPLOY, "deploy", "put the agent on a board over ssh, as a service; nothing is compiled there"),
     "upgrade": Command(_DEPLOY, "deploy", "bring a board's agent to this version; one that is not ready is undone"),
     "uninstall": Command(_DEPLOY, "deploy", "take the agent off a board over ssh"),

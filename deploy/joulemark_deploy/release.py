@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from joulemark.errors import BadInput
 from joulemark_deploy import cross_engine, portable_python, wheelhouse
+from joulemark_deploy.digests import sha256_of
 from joulemark_deploy.files import deploy_file
 from joulemark_deploy.targets import Target
 from joulemark_deploy.tools import pip, run
@@ -152,7 +153,7 @@ def _link_equal(folder: Path) -> None:
     """Wheels cannot hold links: each library of the engine is there three times."""
     first: dict[str, Path] = {}
     for path in sorted(folder.glob("*.so*"), key=lambda path: len(path.name)):
-        digest = wheelhouse.sha256_of(path)
+        digest = sha256_of(path)
         if digest in first:
             path.unlink()
             path.symlink_to(first[digest].name)

@@ -7,7 +7,6 @@ Not aware of what is installed. Nothing is needed on the board but a POSIX shell
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import shlex
 import subprocess
@@ -20,6 +19,7 @@ from types import TracebackType
 from typing import IO
 
 from joulemark.errors import BadInput, ToolFailed
+from joulemark_deploy.digests import sha256_of
 from joulemark_deploy.tools import Line, run
 
 _DESTINATION = re.compile(r"^([A-Za-z0-9_][A-Za-z0-9_.-]{0,60}@)?[A-Za-z0-9][A-Za-z0-9_.:-]{0,250}$", re.ASCII)
@@ -70,7 +70,7 @@ class Board:
     def bring(self, paths: Sequence[Path], folder: str, sent: Sent = lambda _path, _done, _total: None) -> None:
         """Bring files into a private folder there under their own names. What is there whole already is not sent again; a connection that
         breaks is tried again, and goes on with the next file. Raises ToolFailed."""
-        digests = {path.name: _sha256(path) for path in paths}
+        digests = {path.name: sha256_of(path) for path in paths}
         for attempt in range(1, _TRIES + 1):
             lacking = self._missing(folder, digests)
             bring = [path for path in paths if path.name in lacking]
@@ -131,11 +131,3 @@ class _Counted:
         self._done += len(piece)
         self._sent(self._path, self._done, self._total)
         return piece
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -13,7 +13,6 @@ uv resolves: pip's own `--python-version` reads the markers of the Python that r
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -27,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from joulemark.errors import BadInput, Conflict, NotFound
 from joulemark_deploy import cross_engine, elf
+from joulemark_deploy.digests import sha256_of
 from joulemark_deploy.files import checkout
 from joulemark_deploy.targets import INSTRUCTION_SETS, Target
 from joulemark_deploy.tools import pip, run
@@ -263,13 +263,3 @@ def _version(own: Path) -> str:
 
 def _described(path: Path) -> WheelFile:
     return WheelFile(name=path.name, size_bytes=path.stat().st_size, sha256=sha256_of(path))
-
-
-def sha256_of(path: Path) -> str:
-    """The digest of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if sys.version_info >= (3, 11)
-            else hashlib.sha256(file.read()).hexdigest()
-        )
