@@ -5,26 +5,30 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := agent exporter host deploy tests
 
-.PHONY: demo test bench study install install-export install-optimum install-test lint types imports clean
+.PHONY: demo test board-test bench study install install-export install-optimum install-test lint types imports clean
 
 demo: $(VENV)/.installed
 	$(BIN)/joulemark demo --out demo-output
 
 # Tests of emulated boards run in the background from the first on: the first build for boards takes minutes, and a board computes on one
-# core. Beside them, first what mostly waits for processes, three at a time, then what computes; last, with nothing beside it, what looks
-# at the clock.
+# core. Beside them, first what mostly waits for processes, three at a time, then what computes, two at a time on a core each; last, with
+# nothing beside it, what looks at the clock. The parity with transformers is first of its kind, because it takes longest.
 BOARDS := tests/boards
 PARITY := tests/joulemark_agent/test_parity.py
 WAITING := tests/browser tests/deploy tests/e2e tests/faults tests/joulemark_host
-COMPUTING := tests/contract tests/joulemark tests/joulemark_deploy tests/joulemark_exporter tests/joulemark_http tests/study
+COMPUTING := $(PARITY) tests/contract tests/joulemark tests/joulemark_deploy tests/joulemark_exporter tests/joulemark_http tests/study
 test: $(VENV)/.installed-test
 	@echo "emulated boards run beside the next tests; what they say follows after these"
 	@nice -n 5 $(BIN)/python -m pytest -q $(BOARDS) >$(VENV)/boards.log 2>&1 & boards=$$!; \
 	$(BIN)/python -m pytest -q -n 3 $(WAITING); waiting=$$?; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(COMPUTING); computing=$$?; \
-	$(BIN)/python -m pytest -q $(PARITY); parity=$$?; \
-	wait $$boards; boards=$$?; cat $(VENV)/boards.log; exit $$((waiting | computing | parity | boards))
-	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(BOARDS) $(WAITING) $(COMPUTING) $(PARITY))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(COMPUTING); computing=$$?; \
+	wait $$boards; boards=$$?; cat $(VENV)/boards.log; exit $$((waiting | computing | boards))
+	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(BOARDS) $(FLASHED) $(WAITING) $(COMPUTING))
+
+# Whole machines that are flashed, started, and lose their power: half an hour, so not at every change. Needs root and qemu-system-arm.
+FLASHED := tests/flashed
+board-test: $(VENV)/.installed-test
+	JOULEMARK_NO_SKIPS=1 $(BIN)/python -m pytest -q -x --durations=0 $(FLASHED)
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m tests.bench

@@ -33,6 +33,7 @@ cache=/var/cache/joulemark
 options=/etc/joulemark/agent.env
 unit=/etc/systemd/system/joulemark-agent.service
 rule=/etc/udev/rules.d/99-joulemark.rules
+journal_limit=/etc/systemd/journald.conf.d/90-joulemark.conf
 former_rule=/etc/udev/rules.d/99-joulemark-powercap.rules
 
 usage() {
@@ -333,6 +334,22 @@ install_options() {
     fi
 }
 
+# A card wears out by writing and is small: what the system's journal keeps on it is bounded. Whoever wants more edits the file: it stays.
+limit_journal() {
+    case $(findmnt --noheadings --output SOURCE / 2>/dev/null) in
+        /dev/mmcblk*) ;;
+        *) return ;;
+    esac
+    if [ -e "$journal_limit" ]; then return; fi
+    if [ "$dry_run" = yes ]; then
+        say "would write $journal_limit: SystemMaxUse=64M"
+        return
+    fi
+    mkdir -p "$(dirname -- "$journal_limit")"
+    printf '# By joulemark: this system runs from a card.\n[Journal]\nSystemMaxUse=64M\n' >"$journal_limit"
+    if systemd_runs; then systemctl restart systemd-journald.service; fi
+}
+
 install_service() {
     if have udevadm && [ -d /sys/class/powercap ]; then
         run udevadm control --reload
@@ -358,6 +375,7 @@ do_install() {
     # From here on a lost connection must not leave it half-way.
     trap '' HUP
     use_release "$release"
+    limit_journal
     install_service
     forget_old_releases
     [ "$dry_run" = yes ] || say "installed. What this machine has: sudo -u $user $program/bin/joulemark doctor"
@@ -375,7 +393,7 @@ close_counters() {
 
 do_uninstall() {
     if systemd_runs && [ -e "$unit" ]; then run systemctl disable --quiet --now joulemark-agent.service; fi
-    run rm -f "$unit" "$rule" "$former_rule"
+    run rm -f "$unit" "$rule" "$former_rule" "$journal_limit"
     if systemd_runs; then run systemctl daemon-reload; fi
     if have udevadm; then run udevadm control --reload; fi
     close_counters

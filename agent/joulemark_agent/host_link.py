@@ -23,6 +23,7 @@ from joulemark.protocol import INSTANCE_HEADER
 from joulemark.wire import Problem, Sha256
 
 CONNECT_TIMEOUT_S = 10.0
+_MOST_QUOTED_BYTES = 200
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ def error_of(answer: bytes, status: int) -> JoulemarkError:
     try:
         return error_from(Problem.model_validate_json(answer))
     except ValidationError:
-        return Unavailable(f"the host answered {status}", "is that the address of a Joulemark host?")
+        said = " ".join(answer[:_MOST_QUOTED_BYTES].decode("ascii", "replace").split())
+        quoted = f": {said}" if said.isprintable() and said and not said.startswith("<") else ""
+        return Unavailable(f"the host answered {status}{quoted}", "is that the address of a Joulemark host?")
 
 
 def checked_url(text: str) -> str:

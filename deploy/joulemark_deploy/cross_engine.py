@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from joulemark_deploy.files import deploy_file
+from joulemark_deploy.one_builder import one_builder
 from joulemark_deploy.targets import GLIBC_FLOOR, InstructionSet
 from joulemark_deploy.tools import pip, run
 
@@ -34,16 +35,17 @@ Progress = Callable[[int, int], None]
 def wheel_for(instructions: InstructionSet, cache: Path, progress: Progress) -> Path:
     """The wheel of this instruction set, from the cache or built now (minutes). Raises ToolFailed with the compiler's last words."""
     folder = cache / "wheels" / f"aarch64-{instructions.name}-{_key(instructions)}"
-    built = next(iter(folder.glob(_WHEEL)), None)
-    if built is not None:
-        return built
     work = cache / "cross"
-    work.mkdir(parents=True, exist_ok=True)
-    python = _environment(work)
-    source = _source(work, python)
-    made = _build(work, python, source, instructions, progress)
-    folder.mkdir(parents=True, exist_ok=True)
-    return made.replace(folder / made.name)
+    with one_builder(work):
+        built = next(iter(folder.glob(_WHEEL)), None)
+        if built is not None:
+            return built
+        work.mkdir(parents=True, exist_ok=True)
+        python = _environment(work)
+        source = _source(work, python)
+        made = _build(work, python, source, instructions, progress)
+        folder.mkdir(parents=True, exist_ok=True)
+        return made.replace(folder / made.name)
 
 
 def _key(instructions: InstructionSet) -> str:

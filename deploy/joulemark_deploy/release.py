@@ -32,6 +32,7 @@ from joulemark.errors import BadInput
 from joulemark_deploy import cross_engine, portable_python, wheelhouse
 from joulemark_deploy.digests import sha256_of
 from joulemark_deploy.files import deploy_file
+from joulemark_deploy.one_builder import one_builder
 from joulemark_deploy.targets import Target
 from joulemark_deploy.tools import pip, run
 
@@ -69,9 +70,10 @@ def current(target: Target, cache: Path, tell: Tell, progress: cross_engine.Prog
     made = wheelhouse.read(wheels)
     key = _key(wheels)
     out = cache / "releases" / key / f"joulemark-{made.joulemark}-{target.instructions.name}.tar.gz"
-    if not out.exists():
-        shutil.rmtree(out.parent, ignore_errors=True)
-        build(target, wheels, out, cache, tell, progress)
+    with one_builder(out.parent):
+        if not out.exists():
+            shutil.rmtree(out.parent, ignore_errors=True)
+            build(target, wheels, out, cache, tell, progress)
     return out
 
 

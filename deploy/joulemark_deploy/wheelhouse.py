@@ -28,6 +28,7 @@ from joulemark.errors import BadInput, Conflict, NotFound
 from joulemark_deploy import cross_engine, elf
 from joulemark_deploy.digests import sha256_of
 from joulemark_deploy.files import checkout
+from joulemark_deploy.one_builder import one_builder
 from joulemark_deploy.targets import INSTRUCTION_SETS, Target
 from joulemark_deploy.tools import pip, run
 
@@ -118,7 +119,7 @@ def current(
     target: Target, folder: Path, python: str, cache: Path, tell: Tell, progress: cross_engine.Progress
 ) -> Path:
     """`folder` with wheels of this very program for one Python: the one that is there, or a new one in its place."""
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, one_builder(folder):
         tell("joulemark's own wheel")
         own = _own_wheel(None, Path(temporary))
         if (folder / MANIFEST).exists():

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.needed_programs import require_root_and
-
 SCRIPT = Path(__file__).resolve().parents[2] / "deploy" / "first_boot.sh"
 UNIT = "joulemark-first-boot.service"
 # Writes down what it was told, and that the key was there, as the real one copies it into the agent's folder.
@@ -26,7 +24,8 @@ echo "installing"
 class Card:
     """A boot partition as `joulemark flash` leaves it."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, namespace: tuple[str, ...]) -> None:
+        self._namespace = namespace
         self.boot, self.folder = root / "boot", root / "boot" / "joulemark"
         self.folder.mkdir(parents=True)
         shutil.copy(SCRIPT, self.folder / "first_boot.sh")
@@ -45,12 +44,11 @@ class Card:
         (wanted.parent / UNIT).write_text("[Unit]\n")
         (wanted / UNIT).symlink_to(f"../{UNIT}")
 
-    def start(self, before: str = "") -> subprocess.CompletedProcess[str]:
+    def start(self, variable: str = "", *before: str) -> subprocess.CompletedProcess[str]:
         """What systemd does at a boot, on a machine whose /etc is the card's."""
-        inside = f"mount --bind {self.system} /etc && mount -t tmpfs none /run && {before} exec sh {self.folder}/first_boot.sh"
-        return subprocess.run(
-            ["unshare", "--mount", "sh", "-c", inside], capture_output=True, text=True, check=False, timeout=60
-        )
+        mounts = f"mount --bind {self.system} /etc && mount -t tmpfs none /run"
+        command = [*before, *self._namespace, "sh", "-c", f"{mounts} && {variable} exec sh {self.folder}/first_boot.sh"]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
     def is_done(self) -> bool:
         left = sorted(path.name for path in self.folder.iterdir())
@@ -66,9 +64,8 @@ class Card:
 
 
 @pytest.fixture
-def card(tmp_path: Path) -> Card:
-    require_root_and({"unshare": "util-linux"}, "no folders in place of /etc here")
-    return Card(tmp_path)
+def card(tmp_path: Path, namespace: tuple[str, ...]) -> Card:
+    return Card(tmp_path, namespace)
 
 
 def test_it_installs_and_takes_secrets_and_itself_away(card: Card) -> None:
@@ -121,12 +118,7 @@ def test_a_power_cut_at_any_step_ends_the_same(card: Card, programs: str, call: 
         f'if [ {programs} = rm ]; then {real} -f "$2"; fi; kill -9 0; fi\nexec {real} "$@"\n'
     )
     (stub / programs).chmod(0o755)
-    cut = subprocess.run(
-        [
-            "setsid", "unshare", "--mount", "sh", "-c",
-            f"mount --bind {card.system} /etc && mount -t tmpfs none /run && PATH={stub}:$PATH exec sh {card.folder}/first_boot.sh",
-        ], capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+    cut = card.start(f"PATH={stub}:$PATH", "setsid")
     calls = len((stub / "calls").read_text().splitlines())
     assert (cut.returncode == -9) == (calls == call)
     if (card.folder / "first_boot.sh").exists():

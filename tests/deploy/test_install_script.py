@@ -69,6 +69,18 @@ def test_a_key_goes_into_the_data_folder_for_the_service_alone(tmp_path: Path) -
         assert refused.returncode != 0 and (says in refused.stderr or "apt-get" in refused.stderr)
 
 
+@pytest.mark.parametrize(("root", "limited"), [("/dev/mmcblk0p2", True), ("/dev/nvme0n1p2", False), ("overlay", False)])
+def test_on_a_card_the_journal_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str, limited: bool
+) -> None:
+    (tmp_path / "findmnt").write_text(f"#!/bin/sh\necho {root}\n")
+    (tmp_path / "findmnt").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    done = dry_run("--no-engine")
+    assert done.returncode == 0, done.stderr
+    assert ("90-joulemark.conf: SystemMaxUse=64M" in done.stdout) == limited
+
+
 def test_without_the_engine_nothing_is_compiled() -> None:
     done = dry_run("--no-engine")
     assert done.returncode == 0, done.stderr

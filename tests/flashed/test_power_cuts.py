@@ -1,0 +1,129 @@
+"""The power goes in every phase of a board's life: nothing is lost, nothing is half, nothing happens twice.
+
+Each cut kills qemu: what the system had brought to its disk stays, the rest is gone. Afterwards both file systems are checked by their own
+checkers, and the board is switched on again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from joulemark import sources
+from tests.fixtures import arm64_machine, card_images
+from tests.fixtures.arm64_machine import Machine, System
+from tests.fixtures.fleet import make_subject
+from tests.fixtures.host_process import HostProcess, wait_until
+from tests.flashed.conftest import DATA, USER, flash, number, queue, record_of
+
+pytestmark = pytest.mark.timeout(1700)
+NAME = "cut-board"
+
+
+@pytest.fixture(scope="module")
+def board(
+    system: System, packed: Path, host: HostProcess, key: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[Machine]:
+    """A flashed card in a board that was never on."""
+    folder = tmp_path_factory.mktemp("cut-board")
+    card = flash(system, packed, host, key, folder / "card.img", NAME)
+    with arm64_machine.machine(system, card, key, USER) as made:
+        yield made
+
+
+def cut(board: Machine) -> None:
+    """The plug is pulled. The card itself stays as it is; a copy shows that its file systems need no hand."""
+    board.cut_power()
+    boot, root = (
+        part.cut_out(board.card.parent) for part in (card_images.boot_of(board.card), card_images.root_of(board.card))
+    )
+    card_images.repair(boot, root)
+    card_images.check_boot(boot)
+    card_images.check_root(root)
+
+
+def is_enrolled(host: HostProcess) -> bool:
+    return any(device.name == NAME for device in host.registry.devices())
+
+
+def test_in_the_middle_of_the_first_boot(board: Machine, host: HostProcess) -> None:
+    """Twice: while the release is unpacked, and as soon as it is the one in use."""
+    board.switch_on()
+    board.wait_for("sudo find /opt/joulemark-releases/1/site -maxdepth 1 | grep -q .", 300)
+    cut(board)
+    assert not is_enrolled(host)
+    board.switch_on()
+    board.wait_for("test -L /opt/joulemark", 300)
+    cut(board)
+    board.switch_on()
+    board.wait_for("test ! -e /boot/firmware/joulemark/first_boot.sh", 600)
+    wait_until(lambda: is_enrolled(host), 120, 0.5)
+    assert [device.name for device in host.registry.devices()].count(NAME) == 1
+    assert "tries again" not in board.run("cat /boot/firmware/joulemark/first_boot.log")
+    assert board.run("sudo systemctl is-enabled joulemark-agent").strip() == "enabled"
+
+
+def test_while_a_model_comes(board: Machine, host: HostProcess, tmp_path: Path) -> None:
+    """What was fetched before the cut is not fetched again; what arrives is whole, or the run would not be done."""
+    model = sources.fetch("smollm2-135m-instruct-q4_1", sources.default_cache())
+    artifact_id, manifest = host.shelf.publish_model(model, "SmolLM2-135M-Q4_1")
+    subject = dataclasses.replace(make_subject(host, tmp_path, size=2), artifact_id=artifact_id, manifest=manifest)
+    queue(host, NAME, subject, "pulled")
+    board.wait_for(f"sudo find {DATA}/files -name '*.part' -size +20M | grep -q .", 120)
+    cut(board)
+    board.switch_on()
+    record = record_of(host, "pulled")
+    assert record.status == "done", record.problem
+    assert record.manifest == manifest and len(record.items) == 2
+    assert board.run(f"sudo find {DATA}/files -name '*.part'") == ""
+
+
+def test_in_the_middle_of_a_run(board: Machine, host: HostProcess, tmp_path: Path) -> None:
+    """Its items that were on the disk are kept; the record says what happened; there is one."""
+    queue(host, NAME, make_subject(host, tmp_path, size=1000, seed=1), "cut-run")
+    wait_until(
+        lambda: number(board, "journal.sqlite", "SELECT count(*) FROM items WHERE run_id = 'cut-run'") > 0, 300, 1
+    )
+    cut(board)
+    board.switch_on()
+    record = record_of(host, "cut-run")
+    assert record.status == "done", record.problem
+    assert sorted(item.doc_id for item in record.items) == list(range(1000))
+    assert record.attempts == 2
+    assert [problem.code for problem in record.interruptions] == ["board_went_down"]
+
+
+def test_right_after_a_run(board: Machine, host: HostProcess, tmp_path: Path) -> None:
+    """The host is away while it ends; the record waits on the card through the cut, and arrives once."""
+    queue(host, NAME, make_subject(host, tmp_path, size=4, seed=2), "kept-run", idle_s=10.0)
+    wait_until(
+        lambda: number(board, "journal.sqlite", "SELECT count(*) FROM runs WHERE run_id = 'kept-run'") > 0, 120, 1
+    )
+    host.stop()
+    wait_until(
+        lambda: number(board, "outbox.sqlite", "SELECT count(*) FROM entries WHERE run_id = 'kept-run'") > 0, 300, 1
+    )
+    assert not any(run.run_id == "kept-run" for run in host.records.facts())
+    cut(board)
+    host.start()
+    board.switch_on()
+    assert record_of(host, "kept-run").status == "done"
+    assert [run.run_id for run in host.records.facts()].count("kept-run") == 1
+
+
+def test_again_and_again_in_the_same_run(board: Machine, host: HostProcess, tmp_path: Path) -> None:
+    """A run that takes the board down each time is given up by itself, so that the board comes out of it and does the next one."""
+    queue(host, NAME, make_subject(host, tmp_path, size=2, seed=3), "fatal", idle_s=600.0)
+    query = "SELECT count(*) FROM attempts WHERE run_id = 'fatal'"
+    for attempt in (1, 2, 3):
+        wait_until(lambda attempt=attempt: number(board, "journal.sqlite", query) >= attempt, 300, 1)
+        cut(board)
+        board.switch_on()
+    record = record_of(host, "fatal")
+    assert record.status == "failed" and record.problem is not None
+    assert record.problem.code == "board_went_down" and "3 times in a row" in record.problem.message
+    queue(host, NAME, make_subject(host, tmp_path, size=2, seed=3), "next")
+    assert record_of(host, "next").status == "done"
