@@ -30,6 +30,8 @@ forget_seed() {
 
 first_boot() {
     say "first boot: $(date -u +%Y-%m-%dT%H:%M:%SZ) by this board's clock"
+    # What the system made of its settings is on the disk before anything builds on it.
+    sync
     if [ -e "$folder/install.options" ]; then
         install_agent
         sync

@@ -1,4 +1,4 @@
-"""From a blank card to a heatmap cell: flashed, started for the first time in 1970, enrolled, a real model evaluated, a cell in the grid.
+"""From a blank card to a heatmap cell: the README's lines of that name, word for word, with an emulated board.
 
 One board lives through this file, test after test. Its clock begins in 1970 and is set right in the middle of its first run. Emulated:
 what is checked is that it works, never how long it took.
@@ -7,45 +7,152 @@ what is checked is that it works, never how long it took.
 from __future__ import annotations
 
 import itertools
-import json
+import os
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from joulemark import documents, packs, sources
-from joulemark.tasks import arc_challenge
+from joulemark import sources
+from joulemark.wire import RunRecord
 from joulemark_deploy.card import wifi_of
-from joulemark_host.evaluation import Subject
+from joulemark_host.options import database_url
+from joulemark_host.records import Records
 from tests.fixtures import arm64_machine, card_images
+from tests.fixtures.agent_process import free_port
 from tests.fixtures.arm64_machine import Machine, System
-from tests.fixtures.host_process import HostProcess, wait_until
-from tests.flashed.conftest import PASSWORD, USER, flash, joulemark, number, queue, record_of
+from tests.fixtures.host_process import wait_until
+from tests.flashed.conftest import PASSWORD, USER, number
 
 pytestmark = pytest.mark.timeout(1700)
-NAME = "first-board"
-ITEMS = 4
+README = Path(__file__).resolve().parents[2] / "README.md"
+NAME, ITEMS = "bench-7", 20
 SMOLLM2 = "smollm2-135m-instruct-q4_1"
 
 
+def readme_lines() -> dict[str, list[str]]:
+    """The commands of the section in words, by their names."""
+    section = README.read_text("utf-8").partition("## From a blank card to a heatmap cell\n")[2].partition("\n## ")[0]
+    block = section.partition("```sh\n")[2].partition("```")[0].replace("\\\n", " ")
+    lines = [words for line in block.splitlines() if (words := shlex.split(line, comments=True))]
+    return {" ".join(words[1:3]) if words[1] == "host" and words[2][0] != "-" else words[1]: words for words in lines}
+
+
+LINES = readme_lines()
+
+
+@dataclass
+class Desk:
+    """The workstation: a home folder of its own, and what stands in the README in place of what a person has."""
+
+    folder: Path
+    port: int
+    card: Path
+    device: Path
+    system: System
+    key: Path
+
+    @property
+    def data(self) -> Path:
+        return self.folder / ".local/share/joulemark/host"
+
+    def words(self, line: list[str]) -> list[str]:
+        address = f"{arm64_machine.HOST_ADDRESS}:{self.port}"
+        here = {
+            "joulemark": [sys.executable, "-m", "joulemark"],
+            "0.0.0.0:8443": [address],
+            "https://192.168.1.10:8443": [f"https://{address}"],
+            "raspios-lite.img.xz": [str(self.system.image)],
+            "/dev/sdX": [str(self.device)],
+            "model.gguf": [str(sources.fetch(SMOLLM2, sources.default_cache()))],
+            # No terminal here to be asked at.
+            "HOME": ["HOME", "--wifi-password-file", "password"],
+        }
+        return [word for given in line for word in here.get(given, [given])]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        cache = str(sources.default_cache())
+        return {**os.environ, "HOME": str(self.folder), "JOULEMARK_CACHE": cache, "LOGNAME": USER, "XDG_DATA_HOME": ""}
+
+    def run(self, line: list[str], answer: str = "") -> str:
+        done = subprocess.run(
+            self.words(line),
+            cwd=self.folder,
+            env=self.environment,
+            input=answer,
+            capture_output=True,
+            text=True,
+            timeout=1500,
+            check=False,
+        )
+        assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def start(self, line: list[str]) -> subprocess.Popen[str]:
+        log = (self.folder / f"{line[1]}.log").open("w")
+        return subprocess.Popen(
+            self.words(line), cwd=self.folder, env=self.environment, stdout=log, stderr=log, text=True
+        )
+
+
 @pytest.fixture(scope="module")
-def board(
-    system: System, packed: Path, host: HostProcess, key: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Generator[Machine]:
-    """A flashed card in a board whose clock knows nothing."""
-    folder = tmp_path_factory.mktemp("first-board")
-    card = flash(system, packed, host, key, folder / "card.img", NAME)
-    with arm64_machine.machine(system, card, key, USER) as made:
-        made.switch_on("1970-01-01T00:00:00")
-        yield made
+def desk(system: System, key: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Desk]:
+    """See Desk. The card is a block device whose content lies in a file, so that a machine can be started from it afterwards."""
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / ".ssh").mkdir()
+    (folder / ".ssh/id_ed25519.pub").write_text(key.with_suffix(".pub").read_text())
+    (folder / "password").write_text(f"{PASSWORD}\n")
+    card = folder / "card.img"
+    with (
+        arm64_machine.host_address(),
+        card_images.loop_device(card, system.image.stat().st_size + (64 << 20)) as device,
+    ):
+        yield Desk(folder, free_port(), card, device, system, key)
 
 
-def test_it_reports_in_by_itself(board: Machine, host: HostProcess) -> None:
+@pytest.fixture(scope="module")
+def records(desk: Desk) -> Generator[Records]:
+    """The host's records, looked at from here."""
+    made = Records(database_url(desk.data, None))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def board(desk: Desk, packed: Path) -> Generator[Machine]:
+    """The README's lines up to the card; then the card in a board whose clock knows nothing."""
+    desk.run(LINES["host init"])
+    host = desk.start(LINES["host"])
+    try:
+        wait_until(lambda: "serves on" in (desk.folder / "host.log").read_text(), 60)
+        desk.run(LINES["host token"])
+        # The release is in the cache already: that it is built when it is not, the tests of releases show.
+        said = desk.run(LINES["flash"], answer="y\n")
+        assert "first boot by cloud-init" in said and not (desk.folder / "board.key").exists()
+        with arm64_machine.machine(desk.system, desk.card, desk.key, USER) as made:
+            made.switch_on("1970-01-01T00:00:00")
+            yield made
+    finally:
+        host.terminate()
+        host.wait(30)
+
+
+def test_the_section_has_these_lines() -> None:
+    assert list(LINES) == ["host init", "host", "host token", "flash", "devices", "run", "heatmap"]
+
+
+def test_it_reports_in_by_itself(board: Machine, desk: Desk) -> None:
     began = time.monotonic()
-    wait_until(lambda: any(device.name == NAME for device in host.registry.devices()), 600, 1)
+    wait_until(lambda: NAME in desk.run(LINES["devices"]), 600, 2)
     print(f"in the fleet after {time.monotonic() - began:.0f} s")
-    assert host.registry.device(NAME).admission == "approved"
+    (line,) = [line for line in desk.run(LINES["devices"]).splitlines() if NAME in line]
+    assert "approved" in line, line
 
 
 def test_no_secret_stays_where_any_card_reader_finds_it(board: Machine) -> None:
@@ -96,23 +203,22 @@ def test_the_agent_is_small(board: Machine) -> None:
     assert resident["VmRSS:"] * 1024 <= 70e6
 
 
-def test_it_measures_while_its_clock_is_set_right(board: Machine, host: HostProcess) -> None:
+def test_it_measures_while_its_clock_is_set_right(board: Machine, desk: Desk, records: Records) -> None:
     # systemd moves a clock that stands in 1970 to the day when it was built itself; no further.
     behind_s = time.time() - int(board.run("date +%s"))
     assert behind_s > 86_400, "its clock is right already: nothing is shown"
-    model = sources.fetch(SMOLLM2, sources.default_cache())
-    rendered = packs.render("arc_challenge", documents.load(arc_challenge.DATASET, sources.default_cache()))
-    artifact_id, manifest = host.shelf.publish_model(model, "SmolLM2-135M-Q4_1")
-    subject = Subject(artifact_id, manifest, {"arc_challenge": host.shelf.publish_pack(rendered)})
-    queue(host, NAME, subject, "first", limit=ITEMS)
-    phases = "SELECT count(*) FROM phases WHERE run_id = 'first' AND name = 'accuracy'"
-    wait_until(lambda: number(board, "journal.sqlite", phases) > 0, 600, 1)
-    before = time.time()
-    board.run(f"sudo date -s @{before:.0f}")
-    record = record_of(host, "first")
+    running = desk.start(LINES["run"])
+    wait_until(
+        lambda: number(board, "journal.sqlite", "SELECT count(*) FROM phases WHERE name = 'accuracy'") > 0, 900, 1
+    )
+    board.run(f"sudo date -s @{time.time():.0f}")
+    assert running.wait(1500) == 0, (desk.folder / "run.log").read_text()
+    print((desk.folder / "run.log").read_text())
+    (facts,) = records.facts()
+    record = RunRecord.model_validate_json(records.raw(facts.run_id))
     assert record.status == "done", record.problem
-    assert len(record.items) == ITEMS
-    print(record.verdict)
+    assert (record.device.name, len(record.items)) == (NAME, ITEMS)
+    # Nothing that was measured knows of the jump.
     durations = [phase.end_s - phase.start_s for phase in record.phases]
     assert all(0 <= duration < 3600 for duration in durations), durations
     assert record.trace is not None
@@ -120,16 +226,14 @@ def test_it_measures_while_its_clock_is_set_right(board: Machine, host: HostProc
     assert all(0 < step < 600 for step in steps), max(steps)
 
 
-def test_its_cell_is_in_the_grid(board: Machine, host: HostProcess, tmp_path: Path) -> None:
-    page = tmp_path / "grid.html"
-    done = joulemark("heatmap", "--data", str(host.data), "--metric", "accuracy", "--out", str(page))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert NAME in page.read_text() and "SmolLM2-135M" in page.read_text()
-    listed = json.loads(joulemark("records", "--data", str(host.data), "--json").stdout)
-    print(listed)
+def test_its_cell_is_in_the_grid(board: Machine, desk: Desk) -> None:
+    desk.run(LINES["heatmap"])
+    page = (desk.folder / "heatmap.html").read_text()
+    assert NAME in page and "smollm2" in page.lower()
+    assert (desk.folder / "heatmap.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_second_start_is_quiet_and_the_agent_is_back(board: Machine, host: HostProcess) -> None:
+def test_a_second_start_is_quiet_and_the_agent_is_back(board: Machine) -> None:
     board.switch_off()
     card_images.check_boot(card_images.boot_of(board.card).cut_out(board.card.parent))
     card_images.check_root(card_images.root_of(board.card).cut_out(board.card.parent))

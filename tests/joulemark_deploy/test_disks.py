@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 from joulemark.errors import BadInput, Conflict, JoulemarkError, NotFound, ToolFailed
 from joulemark_deploy import disks
+from tests.fixtures import card_images
 from tests.fixtures.needed_programs import require_root_and
 
 SIZE = 12 << 20
@@ -229,23 +228,9 @@ def test_a_disk_that_is_gone_or_not_ours_is_said(tmp_path: Path, image: Path) ->
 
 
 # --- a real block device ----------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def loop_device(folder: Path, size: int) -> Generator[Path]:
-    backing = folder / "backing"
-    with backing.open("wb") as file:
-        file.truncate(size)
-    made = subprocess.run(["losetup", "--find", "--show", str(backing)], capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"no loop devices here: {made.stderr.strip()}")
-    try:
-        yield Path(made.stdout.strip())
-    finally:
-        subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
-
-
 def test_a_real_block_device(tmp_path: Path, image: Path) -> None:
     require_root_and({"losetup": "util-linux", "mkfs.ext4": "e2fsprogs"}, "no loop device here")
-    with loop_device(tmp_path, SIZE) as device:
+    with card_images.loop_device(tmp_path / "backing", SIZE) as device:
         disk = disks.choose(device)
         assert disk.size_bytes == SIZE
         disks.write(disk, image, silent)
@@ -267,7 +252,7 @@ def test_a_real_block_device(tmp_path: Path, image: Path) -> None:
                 disks.write(disk, image, silent)
         finally:
             subprocess.run(["umount", str(place)], check=True)
-    with loop_device(tmp_path, 4 << 20) as device, pytest.raises(BadInput, match="larger"):
+    with card_images.loop_device(tmp_path / "backing", 4 << 20) as device, pytest.raises(BadInput, match="larger"):
         disks.write(disks.choose(device), image, silent)
 
 

@@ -120,13 +120,11 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(place: Path, options: t
 
 
 def test_a_card_is_written_and_compared_only_after_a_yes(place: Path) -> None:
-    from tests.joulemark_deploy.test_disks import loop_device
-
     require_root_and({"losetup": "util-linux"}, "no loop device here")
     (place / "wifi").write_text("correct horse\n")
     size = (place / "pi.img").stat().st_size
     wifi = ("--wifi", "home", "--wifi-country", "DE", "--wifi-password-file", "wifi")
-    with loop_device(place, size + (8 << 20)) as device:
+    with card_images.loop_device(place / "backing", size + (8 << 20)) as device:
         refused = flash(place, "--device", str(device), *HOST, *wifi, text="n\n")
         assert refused.returncode != 0 and "Everything on it will be lost" in refused.stderr
         assert (place / "board.key").exists() and not any(device.open("rb").read(1 << 20))

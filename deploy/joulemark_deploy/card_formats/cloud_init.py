@@ -2,7 +2,9 @@
 
 Truth: cloud-init's NoCloud data source and network-config version 2; Raspberry Pi's `enable_ssh`. JSON is YAML, and quotes everything.
 `bootcmd` runs at every boot and only starts our unit: `runcmd` runs once in a board's life, even when the power goes in the middle of it.
-The unit waits until cloud-init has ended, and switches it off when the agent is there: the settings that it made stay.
+So do the modules that make the user, the ssh keys and the network, and none of them waits for the disk: after a power cut their files are
+empty and they think themselves done. Until the unit has come to its end, each boot therefore has them run again. The unit waits until
+cloud-init has ended, and switches it off when the agent is there: the settings that it made stay.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from joulemark_deploy.card_formats import _pi_boot
 from joulemark_deploy.disk_image import DiskImage
 
 TITLE = "cloud-init (Raspberry Pi OS trixie, Ubuntu)"
+_RUN_UNITS = "/run/systemd/system"
 SEED = ("/user-data", "/meta-data", "/network-config")
 
 
@@ -50,13 +53,19 @@ def _yaml(content: dict[str, Any]) -> bytes:
 
 
 def _user_data(card: Card, folder: str) -> dict[str, Any]:
-    run_units = "/run/systemd/system"
-    begin = f"mkdir -p {run_units} && cp {folder}/{UNIT} {run_units}/ && systemctl daemon-reload && systemctl start --no-block {UNIT}"
+    begin = [
+        f"[ -e {folder}/{UNIT} ] || exit 0",
+        "rm -f /var/lib/cloud/instance/sem/config_*",
+        f"mkdir -p {_RUN_UNITS}",
+        f"cp {folder}/{UNIT} {_RUN_UNITS}/",
+        "systemctl daemon-reload",
+        f"systemctl start --no-block {UNIT}",
+    ]
     content: dict[str, Any] = {
         "hostname": card.hostname,
         "manage_etc_hosts": True,
         "ssh_pwauth": False,
-        "bootcmd": [["sh", "-c", f"if [ -e {folder}/{UNIT} ]; then {begin}; fi"]],
+        "bootcmd": [["sh", "-c", "; ".join(begin)]],
     }
     if card.ssh_keys:
         content["enable_ssh"] = True
