@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
+import os
+import pwd
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -98,11 +100,12 @@ def flash(
     installing.refuse_local_name(host_url)
     if enrol_key_file is not None and host_url is None:
         raise BadInput("--enrol-key-file needs --host-url", "say where the host is: --host-url https://ADDRESS:8443")
+    own_name, home = _person()
     card = check_card(
         Card(
             hostname=hostname or target.name,
-            user=user or _own_name(),
-            ssh_keys=_ssh_keys(ssh_key),
+            user=user or own_name,
+            ssh_keys=_ssh_keys(ssh_key, home),
             wifi=_wifi(wifi, wifi_country, wifi_password_file, wifi_hidden),
             host_url=host_url,
             enrolment_key=parse_enrolment_key(_small_text(enrol_key_file)).text()
@@ -113,7 +116,7 @@ def flash(
         )
     )
     if disk is not None and not yes:
-        typer.confirm(f"{disk}. Everything on it will be lost. Write it?", abort=True, err=True)
+        _ask(disk)
     source = flashing.Source(image.expanduser(), sha256)
     with _bars(console) as (tell, progress):
         path = (
@@ -132,6 +135,15 @@ def flash(
     _tell_end(card, target, title, device or out)
 
 
+def _ask(disk: disks.Disk) -> None:
+    """Raises Conflict when the person does not agree, or nobody is there to be asked."""
+    agreed = False
+    with contextlib.suppress(typer.Abort):
+        agreed = typer.confirm(f"{disk}. Everything on it will be lost. Write it?", err=True)
+    if not agreed:
+        raise Conflict("nothing was written", "lsblk shows which disk is the card; --yes does not ask")
+
+
 def _tell_end(card: Card, target: Target, title: str, place: Path | None) -> None:
     typer.echo(f"✓ {place}: {target.title}, first boot by {title}")
     if not card.ssh_keys:
@@ -146,17 +158,23 @@ def _tell_end(card: Card, target: Target, title: str, place: Path | None) -> Non
         )
 
 
-def _ssh_keys(given: list[Path] | None) -> tuple[str, ...]:
+def _ssh_keys(given: list[Path] | None, home: Path) -> tuple[str, ...]:
     """The keys in these files, or the person's own."""
     if given:
         return tuple(line for path in given for line in _small_text(path).splitlines() if line.strip())
-    found = [path for name in _KEY_NAMES if (path := Path.home() / ".ssh" / name).is_file()]
+    found = [path for name in _KEY_NAMES if (path := home / ".ssh" / name).is_file()]
     return tuple(_small_text(path).strip() for path in found[:1])
 
 
-def _own_name() -> str:
-    name = getpass.getuser()
-    return "pi" if name == "root" else name.lower()
+def _person() -> tuple[str, Path]:
+    """(name, home folder) of who sits here, also behind sudo, without which few may write a disk."""
+    behind_sudo = os.environ.get("SUDO_USER", "") if os.geteuid() == 0 else ""
+    if behind_sudo not in ("", "root"):
+        with contextlib.suppress(KeyError):
+            entry = pwd.getpwnam(behind_sudo)
+            return entry.pw_name.lower(), Path(entry.pw_dir)
+    name = getpass.getuser().lower()
+    return ("pi" if name == "root" else name), Path.home()
 
 
 def _wifi(name: str | None, country: str | None, password_file: Path | None, hidden: bool) -> Wifi | None:
@@ -183,7 +201,7 @@ def _small_text(path: Path) -> str:
         raise NotFound(f"{path} cannot be read: {error.strerror}", "give the path of a file") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _bars(console: Console) -> Generator[tuple[flashing.Tell, flashing.Progress]]:
     """A spinner with the step's name, and a bar over its bytes."""
     columns = (

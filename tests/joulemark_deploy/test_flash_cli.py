@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from joulemark_deploy import flash_cli
 from tests.fixtures import card_images
 from tests.fixtures.needed_programs import require_root_and
 from tests.joulemark_deploy.test_flashing import ENROLMENT_KEY, KEY
@@ -56,6 +58,16 @@ def flash(place: Path, *options: str, before: tuple[str, ...] = (), text: str = 
         check=False,
         timeout=120,
     )
+
+
+def test_behind_sudo_the_person_is_still_who_sits_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    entry = pwd.struct_passwd(("Anna", "x", 1000, 1000, "", str(tmp_path), "/bin/sh"))
+    monkeypatch.setattr(flash_cli.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(flash_cli.pwd, "getpwnam", {"Anna": entry}.__getitem__)
+    for sudo_user, found in (("Anna", ("anna", tmp_path)), ("nobody-known", None), ("root", None), ("", None)):
+        monkeypatch.setenv("SUDO_USER", sudo_user)
+        monkeypatch.setenv("LOGNAME", "root")
+        assert flash_cli._person() == (found or ("pi", Path.home()))  # pyright: ignore[reportPrivateUsage]
 
 
 HOST = ("--host-url", "https://192.0.2.1:8443", "--enrol-key-file", "board.key")
@@ -125,8 +137,10 @@ def test_a_card_is_written_and_compared_only_after_a_yes(place: Path) -> None:
     size = (place / "pi.img").stat().st_size
     wifi = ("--wifi", "home", "--wifi-country", "DE", "--wifi-password-file", "wifi")
     with card_images.loop_device(place / "backing", size + (8 << 20)) as device:
-        refused = flash(place, "--device", str(device), *HOST, *wifi, text="n\n")
-        assert refused.returncode != 0 and "Everything on it will be lost" in refused.stderr
+        for answer in ("n\n", "\n", ""):
+            refused = flash(place, "--device", str(device), *HOST, *wifi, text=answer)
+            assert refused.returncode == 1 and "Everything on it will be lost" in refused.stderr
+            assert "nothing was written" in refused.stderr and "Traceback" not in refused.stderr
         assert (place / "board.key").exists() and not any(device.open("rb").read(1 << 20))
         done = flash(place, "--device", str(device), *HOST, *wifi, "--yes")
         assert done.returncode == 0, done.stderr
