@@ -42,7 +42,8 @@ first_boot() {
     forget_seed
     rm -f "$folder/enrol.key" "$folder/settings.sh" "$folder/install.sh" "$folder/$unit" "$folder"/joulemark-*.tar.gz
     rm -f "/etc/systemd/system/multi-user.target.wants/$unit" "/etc/systemd/system/$unit" "/run/systemd/system/$unit"
-    say "done: the agent is installed; journalctl -u joulemark-agent says how it is"
+    say "done: the agent is installed; its last words:"
+    journalctl --no-pager --output cat --lines 10 --unit joulemark-agent 2>/dev/null || true
     rm -f "$folder/first_boot.sh"
     sync
 }

@@ -291,6 +291,7 @@ use_release() {
 
 # The former release runs again. What the new one wrote stays beside it.
 go_back() {
+    if have journalctl; then journalctl --no-pager --output cat --lines 10 --unit joulemark-agent >&2 || true; fi
     if [ -z "$former" ] || [ "$former" = "$release" ] || [ ! -e "$former/complete" ]; then
         fail "the agent did not report that it is ready" "journalctl -u joulemark-agent says why"
     fi

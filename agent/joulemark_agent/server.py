@@ -18,7 +18,7 @@ from pathlib import Path
 from joulemark import __version__, credentials, tls
 from joulemark.bundles import Bundle
 from joulemark.discovery import Announcement
-from joulemark.errors import BadInput, DigestMismatch, MissingExtra, NotFound, Unavailable
+from joulemark.errors import BadInput, DigestMismatch, JoulemarkError, MissingExtra, NotFound
 from joulemark.protocol import SessionAnswer, SessionRequest
 from joulemark.statements import Envelope, RecordStatement
 from joulemark.wire import Absent, DeviceFacts, Manifest
@@ -115,7 +115,10 @@ def read_key_file(path: Path) -> str:
 
 
 def _enrolled(settings: Settings, who: Identity) -> Identity:
-    """Enrols with the key file of a flashed card, as soon as the host answers; the key is removed once it was used."""
+    """Enrols with the key file of a flashed card, as soon as the host answers; the key is removed once it was used.
+
+    A key that is expired, used or garbled leaves a board that serves without a host and says why: nobody may be near it to start it again.
+    """
     if settings.key_file is None:
         return who
     wait_s = FIRST_WAIT_S
@@ -124,7 +127,10 @@ def _enrolled(settings: Settings, who: Identity) -> Identity:
             raise BadInput("an enrolment key was given, but no host", "say --host-url too")
         try:
             who = enrol(settings, who, settings.host_url, read_key_file(settings.key_file))
-        except Unavailable as error:
+        except JoulemarkError as error:
+            if not error.retryable:
+                log.warning("this board could not be enrolled: %s. %s", error.message, error.hint)
+                return who
             log.warning("%s; next try in %.0f s", error.message, wait_s)
             service_manager.ready("waits for its host, to enrol there")
             time.sleep(wait_s)

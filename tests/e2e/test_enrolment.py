@@ -228,3 +228,23 @@ def test_a_board_waits_for_a_host_that_is_not_there_yet(host: HostProcess, tmp_p
     finally:
         process.terminate()
         process.wait(20)
+
+
+def test_a_key_that_opens_nothing_leaves_a_board_that_serves_and_says_why(host: HostProcess, tmp_path: Path) -> None:
+    """A flashed card lay about for too long, or its file is damaged: nobody is near the board to start it again."""
+    used = host.registry.issue_key("device", "test", True, life_s=0.001)
+    for text, words in (("not a key", "this is no enrolment key"), (used.text(), "could not be enrolled")):
+        key = tmp_path / "board.key"
+        key.write_text(text)
+        agent = AgentProcess(
+            tmp_path / words.replace(" ", "-"), "--host-url", host.url, "--enrol-key-file", str(key), open_to_all=False
+        )
+        try:
+            assert agent.client.get("/healthz").is_success
+            said = agent.data.with_suffix(".log").read_text()
+            assert words in said and "could not be enrolled" in said and "belongs to no host" in said
+            assert used.secret not in said and "Traceback" not in said
+            assert key.exists()
+        finally:
+            agent.stop()
+    assert not host.registry.devices()

@@ -151,8 +151,9 @@ def test_it_reports_in_by_itself(board: Machine, desk: Desk) -> None:
     began = time.monotonic()
     wait_until(lambda: NAME in desk.run(LINES["devices"]), 600, 2)
     print(f"in the fleet after {time.monotonic() - began:.0f} s")
-    (line,) = [line for line in desk.run(LINES["devices"]).splitlines() if NAME in line]
-    assert "approved" in line, line
+    listed = desk.run(LINES["devices"])
+    assert any(NAME in line and "approved" in line for line in listed.splitlines()), listed
+    assert "its clock is" in listed and "nothing is judged by it" in listed
 
 
 def test_no_secret_stays_where_any_card_reader_finds_it(board: Machine) -> None:
