@@ -40,7 +40,7 @@ first_boot() {
         sync
     fi
     forget_seed
-    rm -f "$folder/enrol.key" "$folder/settings.sh" "$folder/install.sh" "$folder/$unit" "$folder"/joulemark-*.tar.gz
+    rm -f "$folder/enrol.key" "$folder/settings.sh" "$folder/install.sh" "$folder/$unit" "$folder/release.tar.gz"
     rm -f "/etc/systemd/system/multi-user.target.wants/$unit" "/etc/systemd/system/$unit" "/run/systemd/system/$unit"
     say "done: the agent is installed; its last words:"
     journalctl --no-pager --output cat --lines 10 --unit joulemark-agent 2>/dev/null || true

@@ -3,7 +3,7 @@
 Owns: the bounds of each setting, and the folder that the first boot installs from. Not aware of images or of how a system starts it: that
 is card_formats'. What is in the folder is taken away once it is installed (deploy/first_boot.sh); what is secret lies there until then.
 
-    joulemark/    first_boot.sh   install.sh   install.options (a word a line)   joulemark-first-boot.service   the release   enrol.key
+    joulemark/    first_boot.sh   install.sh   install.options (a word a line)   joulemark-first-boot.service   release.tar.gz   enrol.key
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ FOLDER = "joulemark"
 UNIT = "joulemark-first-boot.service"
 SCRIPT = "first_boot.sh"
 KEY_FILE = "enrol.key"
+RELEASE = "release.tar.gz"
 GROUPS = ("adm", "audio", "dialout", "gpio", "i2c", "netdev", "plugdev", "render", "spi", "sudo", "users", "video")
 """What the person who logs in may use; those that a system has not are left out or made there."""
 _HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
@@ -59,9 +60,9 @@ class Card:
     listen: str | None
     licence_accepted: bool
 
-    def options(self, folder: str, release: Path) -> list[str]:
+    def options(self, folder: str) -> list[str]:
         """The install script's options; the key is given while its file is there (first_boot.sh)."""
-        found = ["--release", f"{folder}/{release.name}", "--name", self.hostname]
+        found = ["--release", f"{folder}/{RELEASE}", "--name", self.hostname]
         if self.host_url is not None:
             found += ["--host-url", self.host_url]
         if self.listen is not None:
@@ -72,9 +73,9 @@ class Card:
         """What lies in the folder, which is at this path on the running board. The script is last: without it nothing is begun."""
         unit = deploy_file(UNIT).read_text("utf-8").replace(_PLACEHOLDER, folder)
         files: dict[str, bytes | Path] = {
-            release.name: release,
+            RELEASE: release,
             "install.sh": deploy_file("install.sh"),
-            "install.options": "".join(f"{word}\n" for word in self.options(folder, release)).encode(),
+            "install.options": "".join(f"{word}\n" for word in self.options(folder)).encode(),
             UNIT: unit.encode(),
         }
         if self.enrolment_key is not None:

@@ -33,7 +33,7 @@ class Card:
         (self.folder / "install.options").write_text("--release\n/boot/a b\n--name\n$(reboot)\n")
         (self.folder / "enrol.key").write_text("jme.secret\n")
         (self.folder / UNIT).write_text("[Unit]\n")
-        (self.folder / "joulemark-0.1.0-armv8.0.tar.gz").write_bytes(b"release")
+        (self.folder / "release.tar.gz").write_bytes(b"release")
         (self.folder / "cloud-init").write_text("/user-data\n/network-config\n")
         for name in ("user-data", "network-config", "cmdline.txt"):
             (self.boot / name).write_text(name)
