@@ -110,7 +110,7 @@ def test_in_the_middle_of_a_run(board: Machine, host: HostProcess, tmp_path: Pat
 
 def test_right_after_a_run(board: Machine, host: HostProcess, tmp_path: Path) -> None:
     """The host is away while it ends; the record waits on the card through the cut, and arrives once."""
-    queue(host, NAME, make_subject(host, tmp_path, size=4, seed=2), "kept-run", idle_s=10.0)
+    queue(host, NAME, real_model(host, tmp_path, 4), "kept-run", idle_s=10.0)
     wait_until(
         lambda: number(board, "journal.sqlite", "SELECT count(*) FROM runs WHERE run_id = 'kept-run'") > 0, 120, 1
     )
@@ -122,13 +122,14 @@ def test_right_after_a_run(board: Machine, host: HostProcess, tmp_path: Path) ->
     cut(board)
     host.start()
     board.switch_on()
-    assert record_of(host, "kept-run").status == "done"
+    record = record_of(host, "kept-run")
+    assert record.status == "done", record.problem
     assert [run.run_id for run in host.records.facts()].count("kept-run") == 1
 
 
 def test_again_and_again_in_the_same_run(board: Machine, host: HostProcess, tmp_path: Path) -> None:
     """A run that takes the board down each time is given up by itself, so that the board comes out of it and does the next one."""
-    queue(host, NAME, make_subject(host, tmp_path, size=2, seed=3), "fatal", idle_s=600.0)
+    queue(host, NAME, real_model(host, tmp_path, 2), "fatal", idle_s=600.0)
     query = "SELECT count(*) FROM attempts WHERE run_id = 'fatal'"
     for attempt in (1, 2, 3):
         wait_until(lambda attempt=attempt: number(board, "journal.sqlite", query) >= attempt, 300, 1)
@@ -137,5 +138,5 @@ def test_again_and_again_in_the_same_run(board: Machine, host: HostProcess, tmp_
     record = record_of(host, "fatal")
     assert record.status == "failed" and record.problem is not None
     assert record.problem.code == "board_went_down" and "3 times in a row" in record.problem.message
-    queue(host, NAME, make_subject(host, tmp_path, size=2, seed=3), "next")
+    queue(host, NAME, real_model(host, tmp_path, 2), "next")
     assert record_of(host, "next").status == "done"
