@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import IO, Protocol
 
 from joulemark.errors import BadInput, NoSpace, ToolFailed
 from joulemark_deploy.digests import sha256_of
@@ -249,8 +249,9 @@ def _needs_recovery(path: Path, partition: Partition) -> bool:
         return bool(int.from_bytes(file.read(4), "little") & _EXT_NEEDS_RECOVERY)
 
 
-def _output(command: Sequence[str]) -> bytes | None:
-    """The first MiB that a program prints; None when it fails."""
+@contextlib.contextmanager
+def _printing(command: Sequence[str]) -> Generator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+    """A program and what it prints, piece by piece; it has ended afterwards."""
     with subprocess.Popen(
         list(command),
         stdin=subprocess.DEVNULL,
@@ -259,7 +260,13 @@ def _output(command: Sequence[str]) -> bytes | None:
         env=dict(_ENVIRONMENT),
     ) as process:
         assert process.stdout is not None
-        found = process.stdout.read(_MOST_READ_BYTES)
+        yield process, process.stdout
+
+
+def _output(command: Sequence[str]) -> bytes | None:
+    """The first MiB that a program prints; None when it fails."""
+    with _printing(command) as (process, printed):
+        found = printed.read(_MOST_READ_BYTES)
         if len(found) == _MOST_READ_BYTES:
             process.kill()
             return found
@@ -292,15 +299,8 @@ def _as_file(content: bytes | Path) -> Generator[Path]:
 def _digest(command: Sequence[str]) -> str:
     """The SHA-256 of all that a program prints."""
     digest = hashlib.sha256()
-    with subprocess.Popen(
-        list(command),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=dict(_ENVIRONMENT),
-    ) as process:
-        assert process.stdout is not None
-        while piece := process.stdout.read(_MOST_READ_BYTES):
+    with _printing(command) as (_, printed):
+        while piece := printed.read(_MOST_READ_BYTES):
             digest.update(piece)
     return digest.hexdigest()
 

@@ -7,8 +7,11 @@ shown.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,9 @@ from joulemark_deploy.disk_image import DiskImage
 from joulemark_deploy.targets import Target
 
 FORMATS = "joulemark_deploy.card_formats"
+_WORKPLACE, _LOCK = ".joulemark-flash-", "lock"
+_LOCKED_AFTER_S = 10.0
+"""A younger folder may belong to somebody who has not locked it yet."""
 Tell = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
@@ -99,6 +105,20 @@ def _prepare(source: Source, image: Path, card: Card, packed: Path, tell: Tell, 
 
 @contextlib.contextmanager
 def _workplace(parent: Path | None) -> Generator[Path]:
-    """A folder for the image, which has secrets in it, gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix=".joulemark-flash-", dir=parent) as folder:
+    """A folder for the image, which has secrets in it, gone afterwards; what a killed one has left goes first."""
+    place = parent or Path(tempfile.gettempdir())
+    _remove_leftovers(place)
+    with tempfile.TemporaryDirectory(prefix=_WORKPLACE, dir=place) as folder, (Path(folder) / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield Path(folder)
+
+
+def _remove_leftovers(place: Path) -> None:
+    """Gigabytes with a network's key in them, under a name that nobody sees. A living one holds its lock, and has it from its beginning."""
+    for left in place.glob(f"{_WORKPLACE}*"):
+        with contextlib.suppress(OSError):  # somebody else's, or held
+            if time.time() - left.stat().st_mtime < _LOCKED_AFTER_S:
+                continue
+            with (left / _LOCK).open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import fcntl
 import gzip
 import hashlib
 import json
@@ -271,6 +272,23 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(Conflict):
         flashed(image, card(), card_images.pretended_release(tmp_path))
     assert (tmp_path / "flashed-pi.img").read_text() == "mine"
+
+
+def test_what_a_killed_one_left_goes_and_a_living_one_stays(tmp_path: Path) -> None:
+    image = card_images.raspberry_pi(tmp_path, card_images.CLOUD_INIT)
+    killed, living, young = (tmp_path / f".joulemark-flash-{name}" for name in ("killed", "living", "young"))
+    for folder in (killed, living, young):
+        folder.mkdir()
+        (folder / "card.img").write_text("the network's key")
+    (living / "lock").touch()
+    for folder in (killed, living):
+        os.utime(folder, (0, 0))
+    with (living / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.utime(living, (0, 0))
+        flashed(image, card(), card_images.pretended_release(tmp_path))
+    assert not killed.exists()
+    assert (living / "card.img").exists() and (young / "card.img").exists()
 
 
 def test_a_release_for_a_faster_board_is_refused(tmp_path: Path) -> None:
