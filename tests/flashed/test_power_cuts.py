@@ -67,6 +67,13 @@ def test_in_the_middle_of_the_first_boot(board: Machine, host: HostProcess) -> N
     assert board.run("sudo systemctl is-enabled joulemark-agent").strip() == "enabled"
 
 
+def begin(board: Machine, host: HostProcess) -> None:
+    """A test that runs alone has had no first boot yet."""
+    if not board.is_on:
+        board.switch_on()
+        wait_until(lambda: is_enrolled(host), 600, 1)
+
+
 def real_model(host: HostProcess, folder: Path, size: int) -> Subject:
     """SmolLM2 on invented questions: slow enough, emulated, to be cut off in the middle of anything."""
     model = sources.fetch("smollm2-135m-instruct-q4_1", sources.default_cache())
@@ -75,10 +82,8 @@ def real_model(host: HostProcess, folder: Path, size: int) -> Subject:
 
 
 def test_while_a_model_comes(board: Machine, host: HostProcess, tmp_path: Path) -> None:
-    """What was fetched before the cut is not fetched again; what arrives is whole, or the run would not be done."""
-    if not board.is_on:  # this test alone: without the cuts of its first boot
-        board.switch_on()
-        wait_until(lambda: is_enrolled(host), 600, 1)
+    """What arrives is whole, or the run would not be done; nothing half stays beside it."""
+    begin(board, host)
     subject = real_model(host, tmp_path, 2)
     # Else it comes between two looks.
     board.run("sudo sed -i 's/JOULEMARK_OPTIONS=\"/&--limit-rate 4 /' /etc/joulemark/agent.env")
@@ -95,6 +100,7 @@ def test_while_a_model_comes(board: Machine, host: HostProcess, tmp_path: Path) 
 
 def test_in_the_middle_of_a_run(board: Machine, host: HostProcess, tmp_path: Path) -> None:
     """Its items that were on the disk are kept; the record says what happened; there is one."""
+    begin(board, host)
     queue(host, NAME, real_model(host, tmp_path, ITEMS), "cut-run")
     wait_until(
         lambda: number(board, "journal.sqlite", "SELECT count(*) FROM items WHERE run_id = 'cut-run'") > 0, 300, 1
@@ -110,6 +116,7 @@ def test_in_the_middle_of_a_run(board: Machine, host: HostProcess, tmp_path: Pat
 
 def test_right_after_a_run(board: Machine, host: HostProcess, tmp_path: Path) -> None:
     """The host is away while it ends; the record waits on the card through the cut, and arrives once."""
+    begin(board, host)
     queue(host, NAME, real_model(host, tmp_path, 4), "kept-run", idle_s=10.0)
     wait_until(
         lambda: number(board, "journal.sqlite", "SELECT count(*) FROM runs WHERE run_id = 'kept-run'") > 0, 120, 1
@@ -129,6 +136,7 @@ def test_right_after_a_run(board: Machine, host: HostProcess, tmp_path: Path) ->
 
 def test_again_and_again_in_the_same_run(board: Machine, host: HostProcess, tmp_path: Path) -> None:
     """A run that takes the board down each time is given up by itself, so that the board comes out of it and does the next one."""
+    begin(board, host)
     queue(host, NAME, real_model(host, tmp_path, 2), "fatal", idle_s=600.0)
     query = "SELECT count(*) FROM attempts WHERE run_id = 'fatal'"
     for attempt in (1, 2, 3):
