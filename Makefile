@@ -16,7 +16,8 @@ demo: $(VENV)/.installed
 BOARDS := tests/boards
 PARITY := tests/joulemark_agent/test_parity.py
 WAITING := tests/browser tests/deploy tests/e2e tests/faults tests/joulemark_host
-COMPUTING := $(PARITY) tests/contract tests/joulemark tests/joulemark_deploy tests/joulemark_exporter tests/joulemark_http tests/study
+COMPUTING := $(PARITY) tests/contract tests/fuzz tests/joulemark tests/joulemark_deploy tests/joulemark_exporter tests/joulemark_http \
+  tests/study tests/test_repository.py
 test: $(VENV)/.installed-test
 	@echo "emulated boards run beside the next tests; what they say follows after these"
 	@nice -n 5 $(BIN)/python -m pytest -q $(BOARDS) >$(VENV)/boards.log 2>&1 & boards=$$!; \
@@ -68,7 +69,7 @@ $(VENV)-optimum/.installed: pyproject.toml
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "installing what the tests need (torch and transformers for the comparison: a few minutes)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[agent,llama,onnx,host,export,deploy,pi,meters,test]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[agent,llama,xllamacpp,onnx,host,export,deploy,pi,meters,test]'
 	@touch $@
 
 lint: $(VENV)/.installed-test

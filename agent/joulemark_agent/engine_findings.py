@@ -18,7 +18,7 @@ _ENGINE_PATIENCE_S = 60.0
 
 @dataclass(frozen=True)
 class _Engine:
-    """`source` prints what is installed, as JSON; `opens` is what cannot be evaluated without it."""
+    """`source` prints what is installed, as JSON; `opens` is what cannot be evaluated without it, or another engine that opens it."""
 
     source: str
     package: str
@@ -35,7 +35,18 @@ print(json.dumps({"version": __version__, "build": llama_cpp.llama_print_system_
 """,
         "llama-cpp-python",
         "GGUF files",
-        "pip install 'joulemark[llama]', or `make install` in a checkout, which builds the engine once",
+        "pip install 'joulemark[llama]', or `make install` in a checkout, which builds the engine once; "
+        "where nothing can be compiled: pip install 'joulemark[xllamacpp]'",
+    ),
+    "xllamacpp": _Engine(
+        """
+import json, xllamacpp
+from joulemark_agent.backends.xllamacpp import VERSION, library
+print(json.dumps({"version": VERSION, "build": library().functions.llama_print_system_info().decode()}))
+""",
+        "xllamacpp",
+        "GGUF files",
+        "pip install 'joulemark[xllamacpp]'",
     ),
     "onnxruntime": _Engine(
         """
@@ -70,11 +81,19 @@ def python_child(source: str) -> str:
 
 
 def engines(run_child: Callable[[str], str]) -> Iterator[Finding]:
-    """One finding an engine, and a problem when none can be used. `run_child` runs Python source and gives its output."""
-    found = [_engine(f"engine {name}", engine, run_child) for name, engine in _ENGINES.items()]
-    yield from found
-    if all(finding.status != "ok" for finding in found):
-        yield Finding("engines", "problem", "none can be used: nothing can be evaluated", found[0].fix)
+    """One finding an engine that is installed, one for what no installed engine opens, and a problem when none can be used. `run_child`
+    runs Python source and gives its output."""
+    found = {name: _engine(f"engine {name}", engine, run_child) for name, engine in _ENGINES.items()}
+    missing = {name: finding for name, finding in found.items() if finding.status == "warning"}
+    opened = {_ENGINES[name].opens for name in found.keys() - missing.keys()}
+    for name, finding in found.items():
+        if name in missing:
+            if _ENGINES[name].opens in opened:
+                continue
+            opened.add(_ENGINES[name].opens)
+        yield finding
+    if all(finding.status != "ok" for finding in found.values()):
+        yield Finding("engines", "problem", "none can be used: nothing can be evaluated", _ENGINES["llama.cpp"].fix)
 
 
 def _engine(area: str, engine: _Engine, run_child: Callable[[str], str]) -> Finding:
@@ -96,7 +115,8 @@ def _engine(area: str, engine: _Engine, run_child: Callable[[str], str]) -> Find
 
 
 def _failed_engine(area: str, engine: _Engine, error: subprocess.CalledProcessError) -> Finding:
-    last = (error.stderr or "").strip().rpartition("\n")[2][:300]
+    said = [line.strip() for line in (error.stderr or "").strip().splitlines()]
+    last = "; ".join(said[-2:] if said and said[-1].startswith("hint: ") else said[-1:])[:600]
     if error.returncode < 0:
         fix = "it was built for another processor: rebuild it on this machine, " + engine.fix
         return Finding(area, "problem", f"it ended with signal {-error.returncode} while it was loaded. {last}", fix)

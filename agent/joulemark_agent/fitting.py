@@ -1,11 +1,14 @@
-"""Whether a model fits this board, with which backend, and how much memory its key-value cache may take. Pure, but for listing plug-ins.
+"""Whether a model fits this board, with which backend, and how much memory its key-value cache may take. Pure, but for looking
+which plug-ins are there and installed.
 
 Bytes. Not aware of runs or of how memory is measured: the caller says what is available.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from types import ModuleType
 
 from joulemark import plugins
 from joulemark.errors import BadInput
@@ -36,11 +39,17 @@ def cache_budget(available_bytes: int | None, manifest: Manifest) -> int:
 
 
 def choose_backend(wanted: Sequence[str], artifact_format: str) -> str:
-    """The first of `wanted` that opens the format. Raises NotFound for an unknown backend, BadInput when none opens it."""
-    for name in wanted:
-        if artifact_format in plugins.load("joulemark_agent.backends", name).FORMATS:
-            return name
-    raise BadInput(
-        f"no backend of {', '.join(wanted)} opens a {artifact_format} artifact",
-        "choose one with `backend`, or export the model in another format",
-    )
+    """The first of `wanted` that opens the format and is installed; none installed: the first, whose error then says how to install it.
+    Raises NotFound for an unknown backend, BadInput when none opens the format."""
+    able = {name: backend for name in wanted if artifact_format in (backend := _backend(name)).FORMATS}
+    if not able:
+        raise BadInput(
+            f"no backend of {', '.join(wanted)} opens a {artifact_format} artifact",
+            "choose one with `backend`, or export the model in another format",
+        )
+    installed = [name for name, backend in able.items() if all(map(importlib.util.find_spec, backend.MODULES))]
+    return (installed or [*able])[0]
+
+
+def _backend(name: str) -> ModuleType:
+    return plugins.load("joulemark_agent.backends", name)

@@ -112,7 +112,7 @@ def draft(name: str, roots: Roots) -> str:
         "# device_profiles/generic.toml explains the format; `joulemark profile check` tries it.",
         f"id = {json.dumps(name)}",
         f"title = {json.dumps(title, ensure_ascii=False)}",
-        'backends = ["llamacpp", "onnx"]',
+        'backends = ["llamacpp", "xllamacpp", "onnx"]',
         "idle_s = 5.0",
         *_memory_lines(roots),
         *_mode_lines(roots),

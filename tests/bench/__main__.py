@@ -23,9 +23,9 @@ from pathlib import Path
 from joulemark import documents, packs, sources
 from joulemark.wire import PackItem
 from joulemark_agent import doctor
-from joulemark_agent.backends import Choice, Generated, GenerateRequest, Options, ScoreRequest, Token
+from joulemark_agent.backends import Choice, Generated, GenerateRequest, Options, ScoreRequest, Token, llamacpp
 from joulemark_agent.backends._llama_engine import Model
-from joulemark_agent.backends.llamacpp import LlamaSession
+from joulemark_agent.backends._llama_session import LlamaSession
 from joulemark_agent.machine import cpu_model, usable_cores
 from joulemark_agent.planning import common_prefix
 from joulemark_agent.sysfs import Roots
@@ -67,7 +67,7 @@ class Bench:
     """The model and the questions."""
 
     def __init__(self, path: Path, choices: Sequence[PackItem], problems: Sequence[PackItem], threads: int) -> None:
-        self.model = Model(path)
+        self.model = Model(path, llamacpp.library())
         self.threads = threads
         self.scoring = [
             ScoreRequest(item.doc_id, item.prompt, tuple(" " + text for text in item.choices)) for item in choices

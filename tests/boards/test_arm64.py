@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -15,10 +16,12 @@ import pytest
 from joulemark import documents, packs, sources
 from joulemark.tasks import arc_challenge
 from joulemark.wire import LatencyPlan, RunRecord, RunSpec
+from joulemark_agent.backends import Options, ScoreRequest, llamacpp, xllamacpp
 from joulemark_agent.local_run import evaluate, local_machine, prepare
 from joulemark_agent.sysfs import Roots
 from joulemark_host.evaluation import Subject
 from tests.boards.conftest import NAME, Board
+from tests.fixtures import tiny_models
 from tests.fixtures.arm64 import Userland
 from tests.fixtures.host_process import HostProcess, wait_until
 
@@ -58,6 +61,42 @@ def test_a_wheelhouse_installs_with_the_boards_own_python(
     assert done.returncode == 0, done.stdout + done.stderr
     assert own.run("/opt/joulemark/bin/joulemark", "--version").stdout.startswith("joulemark ")
     assert "3.11" in own.run("/opt/joulemark/bin/python", "-c", "import sys, llama_cpp; print(sys.version)").stdout
+    check_binary_wheel(own, tmp_path)
+
+
+def check_binary_wheel(board: Userland, folder: Path) -> None:
+    """xllamacpp's, where nothing was compiled: on the oldest processor its log-probabilities are those of the engine that we built."""
+    fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", str(folder)]
+    fetch += ["--platform", "manylinux2014_aarch64", "--abi", "abi3", "--python-version", "3.11"]
+    subprocess.run([*fetch, f"xllamacpp=={xllamacpp.VERSION}"], check=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "wheel")
+    # Float32 weights, so that nothing is rounded that the builds could round differently.
+    (folder / "models").mkdir()
+    path = tiny_models.write_llama(folder / "models/tiny.gguf")
+    shared = {"/models": path.parent, "/wheel": folder / "wheel"}
+    command = ["/opt/joulemark/bin/python", "-c", SCORE, f"/models/{path.name}"]
+    done = board.run(*command, cpu="cortex-a53", shared=shared, environment={"PYTHONPATH": "/wheel"})
+    assert done.returncode == 0, done.stderr
+    facts, binary = json.loads(done.stdout)
+    assert (facts["backend"], facts["version"]) == ("xllamacpp", f"xllamacpp {xllamacpp.VERSION}")
+    assert "NEON = 1" in facts["build"] and "DOTPROD" not in facts["build"]
+    here = llamacpp.open_session(path, Options(threads=2, model_sha256="0" * 64))
+    (scored,) = here.score([ScoreRequest(0, *QUESTION)])
+    here.close()
+    assert binary == pytest.approx(scored.logprobs, abs=1e-3)
+
+
+QUESTION = ("Question: What is the capital of France?\nAnswer:", (" London", " Paris", " Rome is the capital"))
+SCORE = f"""
+import json, sys
+from pathlib import Path
+from joulemark_agent.backends import Options, ScoreRequest, xllamacpp
+session = xllamacpp.open_session(Path(sys.argv[1]), Options(threads=2, model_sha256="0" * 64))
+(scored,) = session.score([ScoreRequest(0, *{QUESTION!r})])
+print(json.dumps([session.facts().model_dump(mode="json"), scored.logprobs]))
+"""
 
 
 def test_a_release_runs_on_a_system_without_python_and_without_its_c_library(

@@ -18,6 +18,7 @@ from joulemark_agent.backends import Choice, GenerateRequest, Options, Scored, S
 from tests.fixtures import tiny_graphs, tiny_models
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make install")
+pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: make install-test")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: make install-test")
 
 PACKAGE = "joulemark_agent.backends"
@@ -37,6 +38,11 @@ MODELS = {
     "llama": Kind("llamacpp", lambda folder: tiny_models.write_llama(folder / "tiny.gguf")),
     "gemma3, sliding window": Kind("llamacpp", lambda folder: tiny_models.write_gemma3(folder / "tiny.gguf")),
     "mamba, recurrent": Kind("llamacpp", lambda folder: tiny_models.write_mamba(folder / "tiny.gguf"), branches=False),
+    "llama, binary wheel": Kind("xllamacpp", lambda folder: tiny_models.write_llama(folder / "tiny.gguf")),
+    "gemma3, binary wheel": Kind("xllamacpp", lambda folder: tiny_models.write_gemma3(folder / "tiny.gguf")),
+    "mamba, binary wheel": Kind(
+        "xllamacpp", lambda folder: tiny_models.write_mamba(folder / "tiny.gguf"), branches=False
+    ),
     "llama as a graph": Kind("onnx", lambda folder: tiny_graphs.write(folder, "llama"), end=(1, 65)),
     "gemma3 as a graph, sliding window": Kind("onnx", lambda folder: tiny_graphs.write(folder, "gemma3"), end=(1, 65)),
     "bloom as a graph, alibi": Kind("onnx", lambda folder: tiny_graphs.write(folder, "bloom"), end=(1, 65)),

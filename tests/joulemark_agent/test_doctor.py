@@ -63,7 +63,8 @@ def test_an_engine_whose_kernels_crash_is_a_problem_and_says_how_to_build_it(tmp
 
 
 AREAS = {
-    "machine", "cores", "memory", "swap", "memory bandwidth", "governor", "engine llama.cpp", "engine onnxruntime", "sensor contention",
+    "machine", "cores", "memory", "swap", "memory bandwidth", "governor", "engine llama.cpp", "engine xllamacpp",
+    "engine onnxruntime", "sensor contention",
     "sensor cpu", "sensor memory", "sensor thermal", "sensor throttle", "energy",
     "contention", "pressure stall information", "clock", "disk",
 }  # fmt: skip
@@ -81,6 +82,7 @@ def test_a_bare_board_is_answered_in_every_area(tmp_path: Path) -> None:
         "memory bandwidth": "ok",
         "governor": "unknown",
         "engine llama.cpp": "ok",
+        "engine xllamacpp": "ok",
         "engine onnxruntime": "ok",
         "sensor contention": "ok",
         "sensor cpu": "unknown",
@@ -186,6 +188,13 @@ def raising(error: Exception) -> Callable[[str], str]:
         ),
         (raising(subprocess.CalledProcessError(-4, "python", stderr="")), "problem", "signal 4"),
         (raising(subprocess.CalledProcessError(1, "python", stderr="OSError: GLIBC_2.38")), "problem", "GLIBC_2.38"),
+        (
+            raising(
+                subprocess.CalledProcessError(1, "python", stderr="x\nMissingExtra: no libgomp.so.1\n  hint: apt-get")
+            ),
+            "problem",
+            "MissingExtra: no libgomp.so.1; hint: apt-get",
+        ),
         (raising(subprocess.TimeoutExpired("python", 60)), "problem", "did not load within"),
         (raising(FileNotFoundError(2, "No such file")), "unknown", "could not be examined"),
         (lambda _: "", "unknown", "could not be examined"),
@@ -201,6 +210,33 @@ def test_engines_that_do_not_answer_well(
         assert found[engine].status == status
         assert words in found[engine].text
     assert found["engines"].status == "problem"
+
+
+def without(*packages: str) -> Callable[[str], str]:
+    def run(source: str) -> str:
+        for package in packages:
+            if f"import {package}" in source or f", {package}" in source or f"from {package} " in source:
+                raise subprocess.CalledProcessError(
+                    1, "python", stderr=f"ModuleNotFoundError: No module named '{package}'"
+                )
+        return good_engine(source)
+
+    return run
+
+
+def test_an_engine_is_missed_only_where_no_other_opens_the_same_files(tmp_path: Path) -> None:
+    def engines(*missing: str) -> dict[str, Finding]:
+        found = ask(plant(tmp_path, BARE), tmp_path, run_child=without(*missing))
+        return {area: finding for area, finding in found.items() if area.startswith("engine")}
+
+    both = {"engine llama.cpp": "ok", "engine xllamacpp": "ok", "engine onnxruntime": "ok"}
+    assert {area: finding.status for area, finding in engines().items()} == both
+    assert [*engines("llama_cpp")] == ["engine xllamacpp", "engine onnxruntime"]
+    assert [*engines("xllamacpp")] == ["engine llama.cpp", "engine onnxruntime"]
+    neither = engines("llama_cpp", "xllamacpp")
+    assert neither["engine llama.cpp"].text == "it is not installed: GGUF files cannot be evaluated"
+    assert "joulemark[xllamacpp]" in (neither["engine llama.cpp"].fix or "")
+    assert "engine xllamacpp" not in neither and "engines" not in neither
 
 
 def test_a_real_child_gives_its_output_or_its_end() -> None:

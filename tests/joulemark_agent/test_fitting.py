@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 from joulemark.errors import BadInput, NotFound
@@ -43,6 +45,21 @@ def test_an_artifact_whose_weights_load_as_they_are_keeps_its_id() -> None:
     assert "loaded_weight_bytes" not in plain.model_dump()
     assert content_id(plain) != content_id(manifest(184 * MB))
     assert Manifest.model_validate_json(manifest(184 * MB).model_dump_json()) == manifest(184 * MB)
+
+
+def test_the_first_backend_that_opens_the_format_and_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ("llamacpp", "xllamacpp", "onnx")
+    missing: set[str] = set()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in missing else object())
+    monkeypatch.setattr(
+        "joulemark.plugins.load", lambda _, name: importlib.import_module("joulemark_agent.backends." + name)
+    )
+    assert choose_backend(wanted, "gguf") == "llamacpp"
+    assert choose_backend(wanted, "onnx") == "onnx"
+    missing.add("llama_cpp")
+    assert choose_backend(wanted, "gguf") == "xllamacpp"
+    missing.add("xllamacpp")
+    assert choose_backend(wanted, "gguf") == "llamacpp", "whose error says how to install it"
 
 
 def test_the_first_backend_that_opens_the_format() -> None:

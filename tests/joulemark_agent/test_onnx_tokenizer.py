@@ -15,6 +15,7 @@ from joulemark_exporter.writers import gguf
 from tests.fixtures import exporting, hub_models
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed: make install-test")
+from joulemark_agent.backends import llamacpp
 from joulemark_agent.backends._llama_engine import Model
 from joulemark_agent.backends._onnx_tokenizer import OnnxTokenizer
 
@@ -39,7 +40,7 @@ def both(folder: Path, sentencepiece: bool, begins: bool) -> tuple[OnnxTokenizer
     (folder / "out").mkdir()
     onnx_artifact.write_tokenizer(given, folder / "out")
     path = gguf.write(given, none.quantize(given, none.Options()), folder / "out", gguf.Options()).files[0]
-    return OnnxTokenizer(folder / "out", [1]), Model(path)
+    return OnnxTokenizer(folder / "out", [1]), Model(path, llamacpp.library())
 
 
 @pytest.mark.parametrize(("sentencepiece", "begins"), [(False, False), (False, True), (True, True)])

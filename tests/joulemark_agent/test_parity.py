@@ -21,8 +21,8 @@ from joulemark import documents, packs, sources
 from joulemark.grading import Outcome
 from joulemark.lmeval import standard_error
 from joulemark.wire import PackItem
-from joulemark_agent.backends import Options, ScoreRequest, Session, onnx
-from joulemark_agent.backends.llamacpp import LlamaSession, open_session
+from joulemark_agent.backends import Options, ScoreRequest, Session, llamacpp, onnx, xllamacpp
+from joulemark_agent.backends._llama_session import LlamaSession
 from tests.fixtures.tiny_models import write_llama
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make install")
@@ -31,7 +31,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 
 def open_model(path: Path) -> LlamaSession:
-    session = open_session(path, Options(threads=2, model_sha256="0" * 64))
+    session = llamacpp.open_session(path, Options(threads=2, model_sha256="0" * 64))
     assert isinstance(session, LlamaSession)
     return session
 
@@ -184,14 +184,19 @@ def test_the_reference_is_what_whole_rows_give(arc: Arc) -> None:
 @pytest.mark.model
 @pytest.mark.timeout(1500)
 def test_on_its_dequantised_weights_smollm2_is_transformers(arc: Arc, dequantised: Path) -> None:
-    session = open_model(dequantised)
-    equal, differences, _ = arc.compare(session, EXACT_ITEMS)
-    session.close()
-    print(
-        f"float32: acc_norm choices equal: {equal}/{EXACT_ITEMS}, largest |Δ log p| of a choice per token {max(differences):.1e}"
-    )
-    assert equal == EXACT_ITEMS
-    assert max(differences) < 1e-3
+    """Through both builds of llama.cpp: our own wheel, and the binary one where nothing may be compiled."""
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: make install-test")
+    for build in (llamacpp, xllamacpp):
+        session = build.open_session(dequantised, Options(threads=2, model_sha256="0" * 64))
+        equal, differences, _ = arc.compare(session, EXACT_ITEMS)
+        session.close()
+        name = build.__name__.rpartition(".")[2]
+        worst = max(differences)
+        print(
+            f"float32, {name}: acc_norm choices equal: {equal}/{EXACT_ITEMS}, largest |Δ log p| per token {worst:.1e}"
+        )
+        assert equal == EXACT_ITEMS
+        assert worst < 1e-3
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 A backend module offers
 
     FORMATS: tuple[str, ...]                     the manifest formats that it can open
+    MODULES: tuple[str, ...]                     what must be importable for it; where something is not, the next backend is taken
     open_session(path: Path, options: Options) -> Session
         raises MissingExtra (with the pip line) when the engine is not installed,
         EngineFailed when it refuses the file.

@@ -1,8 +1,8 @@
-"""llama.cpp through llama-cpp-python's ctypes layer: a model, a context, one reusable batch. Not a plug-in; `llamacpp` builds on it.
+"""llama.cpp through its C interface: a model, a context, one reusable batch. Not a plug-in; `_llama_session` builds on it.
 
 Owns every pointer: `close` frees them in order. Knows nothing of tasks, scoring plans or time. Token ids are ints, log-probabilities
 natural logarithms; logits rows are float32 arrays of the vocabulary's size that are valid until the next decode.
-The truth is llama.h of the llama.cpp commit that the wheel was built from.
+The truth is llama.h of the llama.cpp commit that the library was built from.
 """
 
 from __future__ import annotations
@@ -11,28 +11,26 @@ import ctypes
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from joulemark.errors import EngineFailed, MissingExtra
+from joulemark.errors import EngineFailed
 from joulemark_agent.backends import do_nothing
 from joulemark_agent.backends._logits import import_numpy
 
-INSTALL_HINT = (
-    "install it with: pip install 'joulemark[llama]' (or `make install`, which builds it once and keeps the wheel)"
-)
 LOG_LINES_KEPT = 40
 
 
-def import_llama() -> Any:
-    """The bindings' C layer. Raises MissingExtra when llama-cpp-python is not installed or its library does not load."""
-    # On an abort ggml would start a debugger to print a backtrace; on a board that costs a minute and helps nobody.
-    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
-    try:
-        from llama_cpp import llama_cpp
-    except (ImportError, OSError, RuntimeError) as error:
-        raise MissingExtra(f"the llama.cpp engine cannot be loaded: {error}", INSTALL_HINT) from error
-    return llama_cpp
+@dataclass(frozen=True)
+class Library:
+    """A llama.cpp that is loaded. `functions` has its C functions, structures and constants under llama.h's names, as ctypes objects;
+    `backend` is the plug-in that brought it; `version` says whose build it is; `install` is the pip line."""
+
+    functions: Any
+    backend: str
+    version: str
+    install: str
 
 
 class Log:
@@ -62,8 +60,9 @@ class Log:
 class Model:
     """A loaded GGUF file: vocabulary, tokenizer, facts."""
 
-    def __init__(self, path: Path) -> None:
-        self.llama = import_llama()
+    def __init__(self, path: Path, library: Library) -> None:
+        self.library = library
+        self.llama = library.functions
         self.log = Log(self.llama)
         self.llama.llama_backend_init()
         parameters = self.llama.llama_model_default_params()
@@ -178,7 +177,7 @@ class Context:
         beat: Callable[[], None] = do_nothing,
     ) -> None:
         llama = model.llama
-        self._numpy = import_numpy(INSTALL_HINT)
+        self._numpy = import_numpy(model.library.install)
         parameters = llama.llama_context_default_params()
         parameters.n_ctx = cells
         parameters.n_batch = batch_tokens

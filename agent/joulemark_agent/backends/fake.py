@@ -24,6 +24,7 @@ from joulemark_agent.backends import Choice, Generated, GenerateRequest, Options
 from joulemark_agent.decoding import TextBuffer
 
 FORMATS = ("gguf", "onnx")
+MODULES = ()
 CONTEXT_TOKENS = 8192
 _WORD = re.compile(r"\s*\S+|\s+$")
 

@@ -26,6 +26,7 @@ from joulemark_agent.costs import Costs
 from joulemark_agent.planning import Extend, Placed, Request, Retract, Step, common_prefix, plan
 
 FORMATS = ("onnx",)
+MODULES = ("numpy", "onnxruntime", "tokenizers")
 
 SCORING_BRANCHES = 128
 """Branches of one step; they cost nothing but the mask."""
