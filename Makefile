@@ -24,12 +24,13 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 3 $(WAITING); waiting=$$?; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(COMPUTING); computing=$$?; \
 	wait $$boards; boards=$$?; cat $(VENV)/boards.log; exit $$((waiting | computing | boards))
-	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(BOARDS) $(FLASHED) $(WAITING) $(COMPUTING))
+	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(BOARDS) $(NIGHTLY) $(WAITING) $(COMPUTING))
 
-# Whole machines that are flashed, started, and lose their power: half an hour, so not at every change. Needs root and qemu-system-arm.
-FLASHED := tests/flashed
+# Whole machines that are flashed, started, and lose their power, and the image for x86: half an hour, so not at every change. Needs root,
+# qemu-system-arm, device-tree-compiler, and what .ci/run installs.
+NIGHTLY := tests/images tests/flashed
 board-test: $(VENV)/.installed-test
-	JOULEMARK_NO_SKIPS=1 $(BIN)/python -m pytest -q -x --durations=0 $(FLASHED)
+	JOULEMARK_NO_SKIPS=1 $(BIN)/python -m pytest -q -x --durations=0 $(NIGHTLY)
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m tests.bench

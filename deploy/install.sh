@@ -382,8 +382,15 @@ do_install() {
     [ "$dry_run" = yes ] || say "installed. What this machine has: sudo -u $user $program/bin/joulemark doctor"
 }
 
-# The counters go back to root alone. Without the user nobody could name the group any more.
-close_counters() {
+# Counters and clocks go back to root alone. Without the user nobody could name the group any more.
+close_to_root() {
+    for setting in /sys/devices/system/cpu/cpufreq/policy*/scaling_governor /sys/devices/system/cpu/cpufreq/policy*/scaling_min_freq \
+        /sys/class/devfreq/*/min_freq; do
+        if [ -e "$setting" ]; then
+            run chgrp root "$setting"
+            run chmod g-w "$setting"
+        fi
+    done
     for counter in /sys/class/powercap/*/energy_uj; do
         if [ -e "$counter" ]; then
             run chgrp root "$counter"
@@ -397,7 +404,7 @@ do_uninstall() {
     run rm -f "$unit" "$rule" "$former_rule" "$journal_limit"
     if systemd_runs; then run systemctl daemon-reload; fi
     if have udevadm; then run udevadm control --reload; fi
-    close_counters
+    close_to_root
     if [ -L "$program" ] || [ -e "$program/pyvenv.cfg" ]; then run rm -rf "$program"; fi
     run rm -rf "$releases" "$cache"
     if [ "$purge" = no ]; then

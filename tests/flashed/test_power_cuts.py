@@ -114,6 +114,29 @@ def test_in_the_middle_of_a_run(board: Machine, host: HostProcess, tmp_path: Pat
     assert [problem.code for problem in record.interruptions] == ["board_went_down"]
 
 
+def settings(board: Machine) -> list[str]:
+    """Governor and lower limit of its one clock."""
+    return board.run("cd /sys/devices/system/cpu/cpufreq/policy0; cat scaling_governor scaling_min_freq").split()
+
+
+def test_what_a_run_sets_is_recorded_and_put_back(board: Machine, host: HostProcess, tmp_path: Path) -> None:
+    """By the installed service, which is not root; also when the agent alone is killed while it is set."""
+    begin(board, host)
+    before = settings(board)
+    assert before == ["schedutil", "600000"]
+    wanted = {"governor": "performance", "fixed_clocks": True}
+    queue(host, NAME, real_model(host, tmp_path, 2), "set-run", idle_s=5.0, tuning=wanted)
+    wait_until(lambda: settings(board) == ["performance", "1500000"], 300, 1)
+    board.run("sudo systemctl kill --signal=KILL joulemark-agent")
+    record = record_of(host, "set-run")
+    assert record.status == "done", record.problem
+    assert record.attempts == 2
+    assert (record.device.governor, record.device.clocks) == ("performance", "cpu fixed at 1.50 GHz")
+    wait_until(lambda: settings(board) == before, 30, 1)
+    others = "find /sys/devices/system/cpu/cpufreq/ -type f -writable ! -name scaling_governor ! -name scaling_min_freq"
+    assert board.run(f"sudo -u joulemark {others}") == "", "nothing else was opened to it"
+
+
 def test_right_after_a_run(board: Machine, host: HostProcess, tmp_path: Path) -> None:
     """The host is away while it ends; the record waits on the card through the cut, and arrives once."""
     begin(board, host)
