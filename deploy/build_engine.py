@@ -50,7 +50,10 @@ def default_cache() -> Path:
 def build(folder: Path) -> Path:
     """Build the wheel into `folder` with all cores; returns its path. Exits with the compiler's last words on failure."""
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        sys.exit("no C++ compiler was found\n  hint: install one, on Debian and Ubuntu: sudo apt-get install g++")
+        sys.exit(
+            "no C++ compiler was found\n  hint: install one, on Debian and Ubuntu: sudo apt-get install g++; or take a binary engine, "
+            "somewhat slower: pip install 'joulemark[agent,xllamacpp]', deploy/install.sh --binary-engine"
+        )
     environment = dict(os.environ)
     environment["CMAKE_BUILD_PARALLEL_LEVEL"] = str(len(os.sched_getaffinity(0)))
     environment["CMAKE_ARGS"] = f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={OPTIONS} -DGGML_NATIVE=ON"

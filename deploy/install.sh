@@ -51,7 +51,8 @@ usage: deploy/install.sh [options]
   --enrol-key-file FILE  the one-time key that `joulemark host token` printed there; it is used, and removed, at the first start
   --listen ADDRESS   address and port to serve on (default: 127.0.0.1:8090)
   --name NAME        what people call this board (default: its host name)
-  --no-engine        leave the llama.cpp engine out (no C++ compiler needed)
+  --binary-engine    take llama.cpp out of a binary wheel (xllamacpp) instead of building it for this processor: no C++ compiler needed
+  --no-engine        leave the llama.cpp engine out
   --no-start         do not start the service now
   --help             this text
 TEXT
@@ -93,6 +94,7 @@ read_options() {
             --dry-run) dry_run=yes ;;
             --uninstall) action=uninstall ;;
             --purge) purge=yes ;;
+            --binary-engine) engine=binary ;;
             --no-engine) engine=no ;;
             --no-start) start=no ;;
             --help | -h) usage && exit 0 ;;
@@ -151,7 +153,7 @@ check_python() {
     fi
     if [ "$engine" = yes ] && ! have c++ && ! have g++ && ! have clang++; then
         fail "no C++ compiler was found, and the engine must be built" \
-            "on Debian and Ubuntu: apt-get install g++; or leave the engine out with --no-engine"
+            "on Debian and Ubuntu: apt-get install g++; or take a binary engine, somewhat slower: --binary-engine"
     fi
     case $source in
         *.whl) [ -f "$source" ] || fail "$source does not exist" "give the path of a joulemark wheel" ;;
@@ -262,6 +264,8 @@ make_environment() {
         run mkdir -p "$cache"
         # Before the package, which then finds the engine installed: pip alone would build parts that nobody loads.
         run "$release/bin/python" "$here/build_engine.py" --cache "$cache"
+    elif [ "$engine" = binary ]; then
+        extras=agent,xllamacpp
     fi
     # shellcheck disable=SC2086 # as above
     run $pip "${source}[$extras]"

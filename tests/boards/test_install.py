@@ -57,6 +57,9 @@ def broken_release(whole: Path, out: Path) -> Path:
 
 def test_an_update_that_does_not_report_ready_is_undone(board: Board, packed: Path, tmp_path: Path) -> None:
     broken = broken_release(packed, tmp_path / "broken.tar.gz")
+    # Of an installation that was interrupted; it goes too.
+    half = board.userland.root / "opt/joulemark-releases/7/site"
+    half.mkdir(parents=True)
     done = joulemark("upgrade", "root@127.0.0.1", "--release", str(broken), *board.server.options)
     assert done.returncode == 1
     assert "the new release did not report that it is ready; /opt/joulemark-releases/1 runs again" in done.stderr

@@ -54,6 +54,13 @@ def test_a_dry_run_says_everything_and_does_nothing() -> None:
     assert not [step for step in steps if not step.startswith(("would ", "kept:", "systemd does not run"))]
 
 
+def test_without_a_compiler_the_engine_comes_as_a_binary_wheel() -> None:
+    done = dry_run("--binary-engine")
+    assert done.returncode == 0, done.stderr
+    assert "build_engine.py" not in done.stdout
+    assert any(step.endswith("[agent,xllamacpp]") for step in done.stdout.splitlines())
+
+
 def test_a_key_goes_into_the_data_folder_for_the_service_alone(tmp_path: Path) -> None:
     key = tmp_path / "board.key"
     key.write_text("jme.0011223344556677.secret")

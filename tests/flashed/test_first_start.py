@@ -31,7 +31,7 @@ from tests.flashed.conftest import PASSWORD, USER, number
 
 pytestmark = pytest.mark.timeout(1700)
 README = Path(__file__).resolve().parents[2] / "README.md"
-NAME, ITEMS = "bench-7", 20
+NAME, ITEMS = "bench-7", 5
 SMOLLM2 = "smollm2-135m-instruct-q4_1"
 
 
