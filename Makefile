@@ -26,9 +26,9 @@ test: $(VENV)/.installed-test
 	wait $$boards; boards=$$?; cat $(VENV)/boards.log; exit $$((waiting | computing | boards))
 	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(BOARDS) $(NIGHTLY) $(WAITING) $(COMPUTING))
 
-# Whole machines that are flashed, started, and lose their power, and the image for x86: half an hour, so not at every change. Needs root,
-# qemu-system-arm, device-tree-compiler, and what .ci/run installs.
-NIGHTLY := tests/images tests/flashed
+# Installations for x86, and whole machines that are flashed, started, and lose their power: half an hour, so not at every change. Needs
+# root, what .ci/run installs, and qemu-system-arm, ipxe-qemu, kmod, device-tree-compiler.
+NIGHTLY := tests/installations tests/flashed
 board-test: $(VENV)/.installed-test
 	JOULEMARK_NO_SKIPS=1 $(BIN)/python -m pytest -q -x --durations=0 $(NIGHTLY)
 

@@ -1,4 +1,5 @@
-"""Both engines on the same weights: SmolLM2-135M in float32 and in four bits, as GGUF and as a graph; and optimum's graph beside ours."""
+"""Engines on the same weights: SmolLM2-135M in float32 and in four bits, as GGUF and as a graph; optimum's graph beside ours; and the
+llama.cpp of the binary wheel beside the one that was built for this processor."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from joulemark import sources
-from joulemark_agent.backends import Choice, GenerateRequest, Options, ScoreRequest, Session, llamacpp, onnx
+from joulemark_agent.backends import Choice, GenerateRequest, Options, ScoreRequest, Session, llamacpp, onnx, xllamacpp
 from joulemark_exporter import models, optimum_environment
 from joulemark_exporter.quantizers import none, rtn
 from joulemark_exporter.writers import gguf, optimum
@@ -36,7 +37,8 @@ class Contest:
 def contests(folder: Path, threads: int) -> Iterator[Contest]:
     """The pairs that are compared. Integers are those of round to nearest: the method changes no speed. optimum where it is installed."""
     cache = sources.default_cache()
-    model = models.open_model(str(sources.fetch("smollm2-135m-instruct-q4_1", cache)), cache)
+    published = sources.fetch("smollm2-135m-instruct-q4_1", cache)
+    model = models.open_model(str(published), cache)
     options = Options(threads=threads, model_sha256="0" * 64)
     forms = (
         ("float32", "four bits", "float32 by optimum") if optimum_environment.is_there() else ("float32", "four bits")
@@ -59,9 +61,15 @@ def contests(folder: Path, threads: int) -> Iterator[Contest]:
         else:
             file = gguf.write(task, chosen, place, gguf.Options()).files[0]
             contest = Contest(name, ("ONNX Runtime", "llama.cpp"), (graph, llamacpp.open_session(file, options)))
-        yield contest
-        for session in contest.sessions:
-            session.close()
+        yield from _opened(contest)
+    builds = (xllamacpp.open_session(published, options), llamacpp.open_session(published, options))
+    yield from _opened(Contest("Q4_1 by two builds of llama.cpp", ("binary wheel", "built here"), builds))
+
+
+def _opened(contest: Contest) -> Iterator[Contest]:
+    yield contest
+    for session in contest.sessions:
+        session.close()
 
 
 def compare(

@@ -6,6 +6,7 @@ what is checked is that it works, never how long it took.
 
 from __future__ import annotations
 
+import base64
 import itertools
 import os
 import shlex
@@ -246,3 +247,14 @@ def test_a_second_start_is_quiet_and_the_agent_is_back(board: Machine) -> None:
         "joulemark-agent.service",
         "enabled",
     ]
+
+
+def test_when_it_is_uninstalled_what_was_opened_to_it_is_closed(board: Machine) -> None:
+    """What was measured stays."""
+    settings = "cd /sys/devices/system/cpu/cpufreq/policy0; stat -c '%G %a' scaling_governor scaling_min_freq"
+    assert board.run(settings).splitlines() == ["joulemark 664", "joulemark 664"]
+    script = base64.b64encode((README.parent / "deploy/install.sh").read_bytes()).decode()
+    board.run(f"echo {script} | base64 -d >/tmp/install.sh && sudo sh /tmp/install.sh --uninstall")
+    assert board.run(settings).splitlines() == ["root 644", "root 644"]
+    assert board.run("systemctl list-unit-files --no-legend 'joulemark*'; ls /etc/udev/rules.d") == ""
+    assert "journal.sqlite" in board.run("sudo ls /var/lib/joulemark")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,21 +17,35 @@ from joulemark_agent.backends import _xllamacpp_library as declared
 pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: make install-test")
 
 
-def test_the_structures_are_those_of_the_library_and_a_field_too_few_is_noticed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_functions_answer() -> None:
     functions = declared.load()
     assert b"CPU" in functions.llama_print_system_info()
     assert functions.llama_context_default_params().swa_full is True
-    fields = declared._ContextParameters._fields_  # pyright: ignore[reportPrivateUsage]
-    older = type("Older", (declared.ctypes.Structure,), {"_fields_": [f for f in fields if f[0] != "moe_cache_size"]})
+
+
+@pytest.mark.parametrize(
+    ("source", "field", "odd"),
+    [
+        ("llama_context_default_params", "moe_cache_size", "offload_kqv False"),
+        ("llama_context_default_params", "n_outputs_max_per_seq", "n_threads 1"),
+        ("llama_model_default_params", "lazy_mode", "main_gpu 1"),
+    ],
+)
+def test_a_field_too_few_is_noticed(source: str, field: str, odd: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = [
-        (name, older if name == "llama_context_default_params" else result, arguments)
+        (name, shortened(result, field) if name == source else result, arguments)
         for name, result, arguments in declared._FUNCTIONS  # pyright: ignore[reportPrivateUsage]
     ]
     monkeypatch.setattr(declared, "_FUNCTIONS", tuple(changed))
-    with pytest.raises(MissingExtra, match=r"lays out Older in another way: .*offload_kqv"):
+    with pytest.raises(MissingExtra, match=r"lays out Shortened in another way") as caught:
         declared.load()
+    assert odd in caught.value.message
+
+
+def shortened(structure: Any, field: str) -> Any:
+    fields = [entry for entry in structure._fields_ if entry[0] != field]
+    assert len(fields) == len(structure._fields_) - 1
+    return type("Shortened", (ctypes.Structure,), {"_fields_": fields})
 
 
 @pytest.mark.parametrize("version", ["2026.9.11063", "2026.11.1"])
