@@ -155,12 +155,12 @@ def test_a_port_in_use_is_one_clear_line_and_changes_nothing(tmp_path: Path, cap
 
 
 def test_only_loopback_is_served_without_being_told_otherwise():
-    for address in ("0.0.0.0:0", "[::]:0", "192.0.2.1:80"):
+    for address in ("0.0.0.0:0", "[::]:0", "203.0.113.1:80"):
         with pytest.raises(BadInput, match="lets anybody in"):
             bind(address, False)
-    with pytest.raises(Conflict, match="cannot listen"):  # allowed, but no address of this machine (RFC 5737)
-        bind("192.0.2.1:80", True)
-    assert names_of("0.0.0.0") == names_of("192.0.2.1") == ("*",)
+    with pytest.raises(Conflict, match="cannot listen"):  # allowed, but nobody's address (RFC 5737)
+        bind("203.0.113.1:80", True)
+    assert names_of("0.0.0.0") == names_of("203.0.113.1") == ("*",)
     assert names_of("127.0.0.1") == names_of("::1") == LOOPBACK_NAMES
     for address in ("localhost:99999", "127.0.0.1:-1", "127.0.0.1", ""):
         with pytest.raises(BadInput):
