@@ -31,10 +31,11 @@ former=
 data=/var/lib/joulemark
 cache=/var/cache/joulemark
 options=/etc/joulemark/agent.env
-unit=/etc/systemd/system/joulemark-agent.service
+units=/etc/systemd/system
+enabled="joulemark-power-mode.socket joulemark-agent.service"
+service_files="$enabled joulemark-power-mode@.service"
 rule=/etc/udev/rules.d/99-joulemark.rules
 journal_limit=/etc/systemd/journald.conf.d/90-joulemark.conf
-former_rule=/etc/udev/rules.d/99-joulemark-powercap.rules
 
 usage() {
     cat <<'TEXT'
@@ -132,8 +133,8 @@ check_for_install() {
         [ -f "$key_file" ] || fail "$key_file does not exist" "joulemark host token --out FILE on the host writes one"
         [ -n "$host_url" ] || fail "--enrol-key-file needs --host-url" "say where the host is: --host-url https://WORKSTATION:8443"
     fi
-    if [ -d "$program" ] && [ ! -e "$program/pyvenv.cfg" ] && [ ! -e "$program/release.json" ] && [ -n "$(ls -A "$program")" ]; then
-        fail "$program is there and is no installation of Joulemark" "move it away: this script would overwrite it"
+    if [ -e "$program" ] && [ ! -L "$program" ]; then
+        fail "$program is there and was not made by this script" "move it away: here a link to the release in use will be"
     fi
 }
 
@@ -241,7 +242,7 @@ install_program() {
         try_engine
     else
         make_environment
-        run install -m 0644 "$here/joulemark-agent.service" "$here/99-joulemark.rules" "$release/"
+        for file in $service_files privileges.sh 99-joulemark.rules; do run install -m 0644 "$here/$file" "$release/"; done
     fi
     if [ "$dry_run" = yes ]; then return; fi
     # Last, and on the disk before anything uses it: what has no such file is taken away at the next call.
@@ -279,18 +280,13 @@ try_engine() {
 
 # Makes a release the one in use: in one step, so that there always is one.
 use_release() {
-    if [ -d "$program" ] && [ ! -L "$program" ]; then
-        # From before there were releases.
-        run mv "$program" "$releases/0"
-        run install -m 0644 "$here/joulemark-agent.service" "$here/99-joulemark.rules" "$releases/0/"
-        run touch "$releases/0/complete"
-        former=$releases/0
-    fi
     run ln -sfn "$1" "$program.new"
     run mv -T "$program.new" "$program"
-    run install -D -m 0644 "$1/joulemark-agent.service" "$unit"
+    for file in $service_files; do
+        # A former release may have fewer.
+        if [ "$dry_run" = yes ] || [ -e "$1/$file" ]; then run install -D -m 0644 "$1/$file" "$units/$file"; else rm -f "$units/$file"; fi
+    done
     run install -D -m 0644 "$1/99-joulemark.rules" "$rule"
-    run rm -f "$former_rule"
 }
 
 # The former release runs again. What the new one wrote stays beside it.
@@ -366,8 +362,13 @@ install_service() {
         return
     fi
     run systemctl daemon-reload
-    run systemctl enable --quiet joulemark-agent.service
-    if [ "$start" = yes ]; then run systemctl restart joulemark-agent.service || go_back; fi
+    # shellcheck disable=SC2086 # a list of units
+    run systemctl enable --quiet $enabled
+    if [ "$start" = no ]; then return; fi
+    # Does nothing on a board without nvpmodel.
+    run systemctl restart joulemark-power-mode.socket \
+        || say "runs cannot set a power mode: systemctl status joulemark-power-mode.socket says why"
+    run systemctl restart joulemark-agent.service || go_back
 }
 
 do_install() {
@@ -386,30 +387,17 @@ do_install() {
     [ "$dry_run" = yes ] || say "installed. What this machine has: sudo -u $user $program/bin/joulemark doctor"
 }
 
-# Counters and clocks go back to root alone. Without the user nobody could name the group any more.
-close_to_root() {
-    for setting in /sys/devices/system/cpu/cpufreq/policy*/scaling_governor /sys/devices/system/cpu/cpufreq/policy*/scaling_min_freq \
-        /sys/class/devfreq/*/min_freq; do
-        if [ -e "$setting" ]; then
-            run chgrp root "$setting"
-            run chmod g-w "$setting"
-        fi
-    done
-    for counter in /sys/class/powercap/*/energy_uj; do
-        if [ -e "$counter" ]; then
-            run chgrp root "$counter"
-            run chmod 0400 "$counter"
-        fi
-    done
-}
-
 do_uninstall() {
-    if systemd_runs && [ -e "$unit" ]; then run systemctl disable --quiet --now joulemark-agent.service; fi
-    run rm -f "$unit" "$rule" "$former_rule" "$journal_limit"
+    for unit in $enabled; do
+        if systemd_runs && [ -e "$units/$unit" ]; then run systemctl disable --quiet --now "$unit"; fi
+    done
+    for file in $service_files; do run rm -f "$units/$file"; done
+    run rm -f "$rule" "$journal_limit"
     if systemd_runs; then run systemctl daemon-reload; fi
     if have udevadm; then run udevadm control --reload; fi
-    close_to_root
-    if [ -L "$program" ] || [ -e "$program/pyvenv.cfg" ]; then run rm -rf "$program"; fi
+    # While there is the group that they were opened to.
+    run sh "$here/privileges.sh" close
+    if [ -L "$program" ]; then run rm -f "$program"; fi
     run rm -rf "$releases" "$cache"
     if [ "$purge" = no ]; then
         say "kept: $data and $options (remove them with --uninstall --purge)"

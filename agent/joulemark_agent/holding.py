@@ -1,7 +1,8 @@
 """Power mode, governor and clocks as a run wants them, and afterwards as they were: also after a kill or a power cut.
 
 Owns: setting, putting back, and the note of what was before, which is on the disk before anything is changed. Not aware of runs. What is in
-force is read by tuning.py; this module only writes. Needs root, or files that the agent's group may write.
+force is read by tuning.py; this module only writes. Needs root, or what deploy/privileges.sh lets the agent's group do: write these files,
+ask for a power mode.
 
 The kernel's files: cpufreq's scaling_governor and scaling_min_freq, devfreq's min_freq. A clock is fixed by raising its lower limit to the
 upper one, as jetson_clocks does. The power mode goes through NVIDIA's nvpmodel; one that needs a restart is refused and put back.
@@ -21,12 +22,14 @@ from joulemark.durable import replace_file
 from joulemark.errors import BadInput, JoulemarkError
 from joulemark.wire import Tuning
 from joulemark_agent import tuning
-from joulemark_agent.programs import ask
+from joulemark_agent.programs import ask, ask_behind
 from joulemark_agent.sysfs import Roots, Unreadable, entries, read_text, text_or_none
 
 _NVPMODEL_S = 30.0
 _MOST_NOTE_BYTES = 256 * 1024
-_HINT = "run the agent as root for this, or set it by hand and leave it out of the run"
+_SOCKET = "joulemark-power-mode.socket"
+"""Below /run: behind it root sets the power mode (deploy/joulemark-power-mode.socket)."""
+_HINT = "deploy/install.sh installs a service that may do it; or run the agent as root; or set it by hand and leave it out of the run"
 
 log = logging.getLogger(__name__)
 
@@ -176,10 +179,16 @@ def _mode_number(roots: Roots, wanted: str) -> int:
 def _set_mode(roots: Roots, number: int) -> None:
     if tuning.power_mode_number(roots) == number:
         return
-    answer = ask(roots, ("nvpmodel", "-m", str(number)), _NVPMODEL_S)
+    behind = roots.run / _SOCKET
+    if behind.is_socket():
+        answer = ask_behind(behind, f"{number}\n", _NVPMODEL_S)
+    else:
+        answer = ask(roots, ("nvpmodel", "-m", str(number)), _NVPMODEL_S)
     if isinstance(answer, Unreadable) and answer.reason != "empty":
         raise TuningRefused(f"the power mode cannot be set to {number}: {answer}", _HINT)
     if tuning.power_mode_number(roots) != number:
+        said = "" if isinstance(answer, Unreadable) else f": {answer.splitlines()[-1][:200]}"
         raise TuningRefused(
-            f"the power mode is not {number} after nvpmodel -m {number}", "this mode may need a restart: set it by hand"
+            f"the power mode is not {number} after nvpmodel -m {number}{said}",
+            "this mode may need a restart: set it by hand",
         )

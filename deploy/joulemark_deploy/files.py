@@ -6,6 +6,10 @@ from pathlib import Path
 
 from joulemark.errors import NotFound
 
+SERVICE_FILES = (
+    "joulemark-agent.service", "joulemark-power-mode.socket", "joulemark-power-mode@.service", "privileges.sh", "99-joulemark.rules",
+)  # fmt: skip
+"""What deploy/install.sh wants of a release, or beside it."""
 _HERE = Path(__file__).resolve().parent
 
 

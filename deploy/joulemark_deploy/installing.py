@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 
 from joulemark.errors import BadInput, NotFound, ToolFailed
 from joulemark_deploy import release, wheelhouse
-from joulemark_deploy.files import deploy_file
+from joulemark_deploy.files import SERVICE_FILES, deploy_file
 from joulemark_deploy.remote import Board
 
-SCRIPTS = ("install.sh", "joulemark-agent.service", "99-joulemark.rules")
+SCRIPTS = ("install.sh", *SERVICE_FILES)
 _LEAST_FREE_KB = 800_000
 _PROBE = r"""
 say() { printf '%s=%s\n' "$1" "$2"; }

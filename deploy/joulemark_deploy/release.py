@@ -4,7 +4,7 @@
       release.json   what it is for
       bin/joulemark  bin/python          the command; the interpreter (portable_python.py)
       lib/           site/               C libraries and standard library; Joulemark and what it needs
-      joulemark-agent.service  99-joulemark.rules  requirements.txt  licences/
+      what the service needs (files.SERVICE_FILES)  requirements.txt  licences/
 
 Owns: putting these together, reproducibly (sorted, no times, no owners). Not aware of how it gets onto a board. The packages are those of a
 wheelhouse for Python 3.11; byte code is compiled here when this Python is of the same version, so that a slow board need not.
@@ -31,13 +31,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from joulemark.errors import BadInput
 from joulemark_deploy import cross_engine, portable_python, wheelhouse
 from joulemark_deploy.digests import sha256_of
-from joulemark_deploy.files import deploy_file
+from joulemark_deploy.files import SERVICE_FILES, deploy_file
 from joulemark_deploy.one_builder import one_builder
 from joulemark_deploy.targets import Target
 from joulemark_deploy.tools import pip, run
 
 MANIFEST = "release.json"
-UNIT_FILES = ("joulemark-agent.service", "99-joulemark.rules")
 _COMMAND = '#!/bin/sh\nexec "$(dirname -- "$(readlink -f -- "$0")")/python" -m joulemark "$@"\n'
 _MOST_MANIFEST_BYTES = 65_536
 _NOT_NEEDED = (
@@ -102,7 +101,7 @@ def build(target: Target, wheels: Path, out: Path, cache: Path, tell: Tell, prog
         (tree / "bin" / "joulemark").write_text(_COMMAND, "utf-8")
         (tree / "bin" / "joulemark").chmod(0o755)
         shutil.copy(requirements, tree / "requirements.txt")
-        for name in UNIT_FILES:
+        for name in SERVICE_FILES:
             shutil.copy(deploy_file(name), tree / name)
         tell("packing")
         packed = Path(temporary) / out.name
@@ -127,7 +126,7 @@ def read(path: Path) -> Release:
 def _key(wheels: Path) -> str:
     """Names a release by all that goes into it."""
     digest = hashlib.sha256((wheels / wheelhouse.MANIFEST).read_bytes())
-    for name in UNIT_FILES:
+    for name in SERVICE_FILES:
         digest.update(deploy_file(name).read_bytes())
     digest.update(repr((portable_python.PACKAGES, sys.version_info[:2], _COMMAND, _NOT_NEEDED)).encode())
     return digest.hexdigest()[:16]

@@ -253,8 +253,10 @@ def test_when_it_is_uninstalled_what_was_opened_to_it_is_closed(board: Machine) 
     """What was measured stays."""
     settings = "cd /sys/devices/system/cpu/cpufreq/policy0; stat -c '%G %a' scaling_governor scaling_min_freq"
     assert board.run(settings).splitlines() == ["joulemark 664", "joulemark 664"]
-    script = base64.b64encode((README.parent / "deploy/install.sh").read_bytes()).decode()
-    board.run(f"echo {script} | base64 -d >/tmp/install.sh && sudo sh /tmp/install.sh --uninstall")
+    for name in ("install.sh", "privileges.sh"):
+        script = base64.b64encode((README.parent / "deploy" / name).read_bytes()).decode()
+        board.run(f"echo {script} | base64 -d >/tmp/{name}")
+    board.run("sudo sh /tmp/install.sh --uninstall")
     assert board.run(settings).splitlines() == ["root 644", "root 644"]
     assert board.run("systemctl list-unit-files --no-legend 'joulemark*'; ls /etc/udev/rules.d") == ""
     assert "journal.sqlite" in board.run("sudo ls /var/lib/joulemark")

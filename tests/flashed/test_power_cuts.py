@@ -6,6 +6,7 @@ checkers, and the board is switched on again.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 from collections.abc import Generator
 from pathlib import Path
@@ -114,24 +115,46 @@ def test_in_the_middle_of_a_run(board: Machine, host: HostProcess, tmp_path: Pat
     assert [problem.code for problem in record.interruptions] == ["board_went_down"]
 
 
+NVPMODEL = r"""
+mkdir -p /var/lib/nvpmodel
+echo "pmode:0000 fmode:quiet" >/var/lib/nvpmodel/status
+printf "< POWER_MODEL ID=0 NAME=15W >\n< POWER_MODEL ID=1 NAME=7W >\n" >/etc/nvpmodel.conf
+cat >/usr/sbin/nvpmodel <<'END'
+#!/bin/sh
+[ "$(id -u)" = 0 ] || exit 1
+echo "pmode:000$2 fmode:quiet" >/var/lib/nvpmodel/status
+END
+chmod 755 /usr/sbin/nvpmodel
+systemctl restart joulemark-power-mode.socket
+"""
+"""In the place of NVIDIA's, which no emulated board has: its files, and that it wants root."""
+
+
 def settings(board: Machine) -> list[str]:
-    """Governor and lower limit of its one clock."""
-    return board.run("cd /sys/devices/system/cpu/cpufreq/policy0; cat scaling_governor scaling_min_freq").split()
+    """Governor and lower limit of its one clock, and the power mode."""
+    files = "/sys/devices/system/cpu/cpufreq/policy0/scaling_governor /sys/devices/system/cpu/cpufreq/policy0/scaling_min_freq"
+    return board.run(f"cat {files}; cut -d' ' -f1 /var/lib/nvpmodel/status").split()
 
 
 def test_what_a_run_sets_is_recorded_and_put_back(board: Machine, host: HostProcess, tmp_path: Path) -> None:
     """By the installed service, which is not root; also when the agent alone is killed while it is set."""
     begin(board, host)
+    assert board.run("systemctl is-active joulemark-power-mode.socket; true").strip() == "inactive", (
+        "there is no nvpmodel yet"
+    )
+    board.run(f"echo {base64.b64encode(NVPMODEL.encode()).decode()} | base64 -d | sudo sh")
+    assert board.run("stat -c '%U %G %a' /run/joulemark-power-mode.socket").strip() == "root joulemark 660"
     before = settings(board)
-    assert before == ["schedutil", "600000"]
-    wanted = {"governor": "performance", "fixed_clocks": True}
+    assert before == ["schedutil", "600000", "pmode:0000"]
+    wanted = {"governor": "performance", "fixed_clocks": True, "power_mode": "7W"}
     queue(host, NAME, real_model(host, tmp_path, 2), "set-run", idle_s=5.0, tuning=wanted)
-    wait_until(lambda: settings(board) == ["performance", "1500000"], 300, 1)
+    wait_until(lambda: settings(board) == ["performance", "1500000", "pmode:0001"], 300, 1)
     board.run("sudo systemctl kill --signal=KILL joulemark-agent")
     record = record_of(host, "set-run")
     assert record.status == "done", record.problem
     assert record.attempts == 2
     assert (record.device.governor, record.device.clocks) == ("performance", "cpu fixed at 1.50 GHz")
+    assert record.device.power_mode == "7W (1)"
     wait_until(lambda: settings(board) == before, 30, 1)
     others = "find /sys/devices/system/cpu/cpufreq/ -type f -writable ! -name scaling_governor ! -name scaling_min_freq"
     assert board.run(f"sudo -u joulemark {others}") == "", "nothing else was opened to it"

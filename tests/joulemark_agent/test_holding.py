@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from joulemark_agent.holding import TuningRefused, held, put_back
 from joulemark_agent.jobs import Jobs
 from joulemark_agent.journal import Journal
 from joulemark_agent.profiles import device_facts, load_profiles, match
+from joulemark_agent.programs import ask_behind
 from joulemark_agent.sysfs import Roots
-from tests.fixtures import trees
+from tests.fixtures import root_helper, trees
 from tests.fixtures.small_world import make_files, make_machine, make_spec
 
 NVPMODEL = """
@@ -52,6 +54,36 @@ def test_everything_is_set_and_put_back(tmp_path: Path) -> None:
         assert note.exists(), "what was before is on the disk while it is otherwise"
     assert state(roots) == BEFORE
     assert not note.exists()
+
+
+def test_root_behind_a_socket_sets_what_the_agent_may_not(tmp_path: Path) -> None:
+    """The agent itself has no nvpmodel here."""
+    roots, programs = jetson(tmp_path), tmp_path / "roots-own"
+    assert roots.bin is not None
+    programs.mkdir()
+    (roots.bin / "nvpmodel").rename(programs / "nvpmodel")
+    with pytest.raises(TuningRefused, match="no program nvpmodel"), held(roots, WANTED, tmp_path / "n"):
+        pytest.fail("it must not begin")
+    with root_helper.listening(roots.run / "joulemark-power-mode.socket", programs):
+        with held(roots, WANTED, tmp_path / "n"):
+            assert state(roots)[0] == "15W (0)"
+        assert state(roots) == BEFORE
+        (programs / "nvpmodel").write_text("#!/bin/sh\necho NVPM WARN: Reboot required\n")
+        with (
+            pytest.raises(TuningRefused, match="is not 3 after nvpmodel -m 3: NVPM WARN: Reboot required"),
+            held(roots, Tuning(power_mode="7W"), tmp_path / "n"),
+        ):
+            pytest.fail("it must not begin")
+
+
+def test_a_socket_that_does_not_answer_or_says_nothing_is_named(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "s"))
+        assert "failed" in str(ask_behind(tmp_path / "s", "2", 1.0)), "nobody listens"
+        listener.listen()
+        began = time.monotonic()
+        assert "no answer in time" in str(ask_behind(tmp_path / "s", "2", 0.2))
+        assert time.monotonic() - began < 2
 
 
 def test_an_error_in_the_run_puts_everything_back(tmp_path: Path) -> None:
