@@ -7,7 +7,9 @@ import json
 import os
 import signal
 import socket
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,9 +58,16 @@ def test_everything_is_set_and_put_back(tmp_path: Path) -> None:
     assert not note.exists()
 
 
-def test_root_behind_a_socket_sets_what_the_agent_may_not(tmp_path: Path) -> None:
+@pytest.fixture
+def run_folder() -> Iterator[Path]:
+    """A socket's path has 107 bytes at most: pytest's own folders may be longer."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def test_root_behind_a_socket_sets_what_the_agent_may_not(tmp_path: Path, run_folder: Path) -> None:
     """The agent itself has no nvpmodel here."""
-    roots, programs = jetson(tmp_path), tmp_path / "roots-own"
+    roots, programs = dataclasses.replace(jetson(tmp_path), run=run_folder), tmp_path / "roots-own"
     assert roots.bin is not None
     programs.mkdir()
     (roots.bin / "nvpmodel").rename(programs / "nvpmodel")
@@ -76,13 +85,13 @@ def test_root_behind_a_socket_sets_what_the_agent_may_not(tmp_path: Path) -> Non
             pytest.fail("it must not begin")
 
 
-def test_a_socket_that_does_not_answer_or_says_nothing_is_named(tmp_path: Path) -> None:
+def test_a_socket_that_does_not_answer_or_says_nothing_is_named(run_folder: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(tmp_path / "s"))
-        assert "failed" in str(ask_behind(tmp_path / "s", "2", 1.0)), "nobody listens"
+        listener.bind(str(run_folder / "s"))
+        assert "failed" in str(ask_behind(run_folder / "s", "2", 1.0)), "nobody listens"
         listener.listen()
         began = time.monotonic()
-        assert "no answer in time" in str(ask_behind(tmp_path / "s", "2", 0.2))
+        assert "no answer in time" in str(ask_behind(run_folder / "s", "2", 0.2))
         assert time.monotonic() - began < 2
 
 
