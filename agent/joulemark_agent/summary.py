@@ -66,7 +66,7 @@ def summarise(record: RunRecord, limits: Limits | None = None) -> tuple[Summary,
         **latency,
         **_throughput(run, latency["decode_rate"]),
         **_energy(run),
-        **_peaks(record.trace),
+        **_peaks(record),
         **_sampler(record.trace),
     }
     if record.status != "done":
@@ -280,14 +280,18 @@ def _per_correct(run: _Run, energy: Energy | Absent) -> Metric:
 
 
 # --- memory, temperature, the sampler's cost --------------------------------------------------------------------------
-def _peaks(trace: Trace | None) -> dict[str, Metric]:
+def _peaks(record: RunRecord) -> dict[str, Metric]:
+    trace = record.trace
     if trace is None:
         absent = Absent(reason="the run has no trace")
         return {"peak_pss": absent, "peak_temperature": absent}
-    return {
-        "peak_pss": _peak(trace, "memory", "By", lambda name: name == "memory.worker_pss", "memory"),
-        "peak_temperature": _peak(trace, "temperature", "Cel", lambda _: True, "thermal"),
-    }
+    memory = _peak(trace, "memory", "By", lambda name: name == "memory.worker_pss", "memory")
+    if isinstance(memory, Measure) and not _windows(record, "load"):
+        # What a worker has that ended before is no figure of this model.
+        memory = Absent(
+            reason=f"the model was never loaded; until then the worker had {memory.value / 1e6:.1f} MB at most"
+        )
+    return {"peak_pss": memory, "peak_temperature": _peak(trace, "temperature", "Cel", lambda _: True, "thermal")}
 
 
 def _peak(trace: Trace, quantity: str, unit: str, wanted: Callable[[str], bool], sensor: str) -> Metric:

@@ -699,6 +699,17 @@ def test_peaks_are_of_the_worker_and_of_the_hottest_zone() -> None:
     assert reason(nothing, "peak_pss") == "no memory channel gave a reading"
 
 
+def test_a_worker_that_never_loaded_the_model_has_no_peak_memory_of_it() -> None:
+    column = (
+        Channel(name="memory.worker_pss", quantity="memory", unit="By", source="test"),
+        [4096.0] * len(ONE_SECOND_STEP),
+    )
+    record = metered(column)
+    assert figure(record, "peak_pss").value == 4096.0
+    unloaded = record.model_copy(update={"phases": tuple(phase for phase in record.phases if phase.name == "idle")})
+    assert reason(unloaded, "peak_pss") == "the model was never loaded; until then the worker had 0.0 MB at most"
+
+
 def test_the_samplers_read_time_is_a_tail() -> None:
     slow = make_trace().model_copy(update={"read_times_s": tuple(i / 1000 for i in range(21))})
     assert figure(make_record(trace=slow), "sampler_read_p95").value == pytest.approx(0.019)
