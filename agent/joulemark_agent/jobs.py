@@ -39,7 +39,7 @@ from joulemark_agent.messages import (
 )
 from joulemark_agent.pins import steady_fan
 from joulemark_agent.profiles import DeviceProfile
-from joulemark_agent.reporting import FinalStatus, part_of_trace
+from joulemark_agent.reporting import FinalStatus
 from joulemark_agent.sampling import Row, Sampler, open_sensors
 from joulemark_agent.sensors import SensorUse
 from joulemark_agent.sysfs import Roots
@@ -344,12 +344,10 @@ class Jobs:
         extra = [SensorUse("replay", {"path": str(machine.replay)})] if machine.replay else []
         sensors, absent = open_sensors(machine.profile, machine.roots, pid, extra=extra)
         interval_s = 1 / spec.sample_hz
-        channels = tuple(channel for sensor in sensors for channel in sensor.channels)
         numbers = itertools.count()
 
         def keep(rows: list[Row]) -> None:
-            part = part_of_trace(channels, rows, interval_s, sampler.slowed)
-            self._journal.add_samples(spec.run_id, attempt, next(numbers), part)
+            self._journal.add_samples(spec.run_id, attempt, next(numbers), sampler.part(rows))
 
         sampler = Sampler(sensors, interval_s, on_chunk=keep, absent=absent)
         sampler.start()

@@ -11,7 +11,6 @@ from typing import Literal
 
 from joulemark.wire import (
     Absent,
-    Channel,
     Clock,
     DeviceFacts,
     ItemRecord,
@@ -27,7 +26,7 @@ from joulemark.wire import (
 )
 from joulemark_agent.giving_up import unsaid
 from joulemark_agent.journal import Attempt, Journal
-from joulemark_agent.sampling import Row, merge
+from joulemark_agent.sampling import join, merge
 from joulemark_agent.summary import summarise
 from joulemark_agent.verdict import Limits
 
@@ -38,27 +37,6 @@ _PHASE_NAMES = ("idle", "load", "warmup", "latency", "accuracy", "cooldown")
 def not_measured() -> Absent:
     """The memory bandwidth of a run that never came to measuring it."""
     return Absent(reason="the run ended before the memory bandwidth was measured")
-
-
-def part_of_trace(
-    channels: tuple[Channel, ...],
-    rows: Sequence[Row],
-    interval_s: float,
-    slowed: tuple[tuple[float, float], ...] = (),
-) -> Trace:
-    """A few seconds of a trace in the wire form, as the journal keeps them until the attempt ends. `slowed` are the sampler's changes of
-    interval since its start."""
-    return Trace(
-        channels=channels,
-        times_s=tuple(row.time_s for row in rows),
-        values=tuple(tuple(row.values[column] for row in rows) for column in range(len(channels))),
-        absent={},
-        interval_s=interval_s,
-        slowed=slowed,
-        missed_ticks=0,
-        read_times_s=tuple(row.read_time_s for row in rows),
-        cpu_s=0.0,
-    )
 
 
 def build_record(
@@ -113,7 +91,8 @@ def _trace(journal: Journal, run_id: str, attempt: Attempt) -> Trace | None:
     """The attempt's whole trace, or what was kept of it when the agent died."""
     if attempt.trace is not None:
         return attempt.trace
-    return _merged(journal.sample_chunks(run_id, attempt.number))
+    parts = journal.sample_chunks(run_id, attempt.number)
+    return join(parts) if parts else None
 
 
 def _merged(traces: Sequence[Trace]) -> Trace | None:

@@ -178,12 +178,6 @@ class Sampler:
         return self._channels
 
     @property
-    def slowed(self) -> tuple[tuple[float, float], ...]:
-        """(time, interval from then on) of every slowing down so far."""
-        with self._lock:
-            return tuple(self._slowed)
-
-    @property
     def failures(self) -> dict[str, int]:
         """How many reads raised, by the name of the sensor's first channel."""
         return {name: failure.count for name, failure in self._failures.items()}
@@ -236,6 +230,21 @@ class Sampler:
                 slowed=tuple(self._slowed),
                 missed_ticks=self._missed,
                 read_times_s=tuple(self._read_times),
+                cpu_s=self._cpu_s,
+            )
+
+    def part(self, rows: Sequence[Row]) -> Trace:
+        """These rows in the wire form, for `join`: missed ticks, processor time and slowing down are those since the sampler's start."""
+        with self._lock:
+            return Trace(
+                channels=self._channels,
+                times_s=tuple(row.time_s for row in rows),
+                values=tuple(tuple(row.values[column] for row in rows) for column in range(len(self._channels))),
+                absent=self._absent,
+                interval_s=self._first_interval_s,
+                slowed=tuple(self._slowed),
+                missed_ticks=self._missed,
+                read_times_s=tuple(row.read_time_s for row in rows),
                 cpu_s=self._cpu_s,
             )
 
@@ -325,13 +334,32 @@ def _notes_and_close(sensor: Sensor) -> dict[str, str]:
     return notes
 
 
+def join(parts: Sequence[Trace]) -> Trace:
+    """One trace of all parts of one sampler, in their order: what is left of it when the agent died. Pure.
+
+    Running energy sums go on from part to part as they are, unlike those of attempts (`merge`). Raises BadInput as `merge` does.
+    """
+    if not parts:
+        raise BadInput("there is no trace to join", "pass the parts of one attempt")
+    _check_mergeable(parts)
+    last = parts[-1]
+    return last.model_copy(
+        update={
+            "times_s": tuple(t for part in parts for t in part.times_s),
+            "values": tuple(
+                tuple(value for part in parts for value in part.values[column]) for column in range(len(last.channels))
+            ),
+            "read_times_s": tuple(t for part in parts for t in part.read_times_s),
+        }
+    )
+
+
 def merge(traces: Sequence[Trace]) -> Trace:
     """One trace of the attempts of one run on one boot, in order of time. Pure.
 
-    Channels of the same name are joined, others have None where their trace is not. Running energy sums go on from
-    where
-    the attempt before ended: what was used between the attempts is unknown and is not added. Raises BadInput when there
-    is no trace, when they overlap in time, differ in interval, or disagree on what a channel is.
+    Channels of the same name are joined, others have None where their trace is not. Running energy sums begin at 0 in each and go on from
+    where the attempt before ended: what was used between the attempts is unknown and is not added. Raises BadInput when there is no trace,
+    when they overlap in time, differ in interval, or disagree on what a channel is.
     """
     parts = sorted((trace for trace in traces if trace.times_s), key=lambda trace: trace.times_s[0])
     if not parts:

@@ -13,7 +13,7 @@ import pytest
 
 from joulemark.errors import BadInput, Conflict, NotFound
 from joulemark.wire import Absent, Channel, Trace
-from joulemark_agent.sampling import Row, Sampler, merge, open_sensors
+from joulemark_agent.sampling import Row, Sampler, join, merge, open_sensors
 from joulemark_agent.sensors import Options, SensorUse, Values
 from tests.fixtures.boards import BARE, LAPTOP, HandClock, plant, process
 
@@ -281,6 +281,28 @@ def test_a_slow_disk_costs_no_ticks_and_a_failing_one_is_reported() -> None:
     trace = sampler.stop()
     assert len(trace.times_s) >= 20
     assert "No space left" in trace.absent["sampler (chunks)"].reason
+
+
+def test_the_parts_of_a_sampler_are_its_trace() -> None:
+    """What an agent that was killed leaves: with running sums that go on, and the counts since the start, also where it slowed down."""
+    clock, sums = HandClock(), iter(range(1000))
+    fake = Fake(lambda: (float(next(sums)),))
+    fake.channels = (ENERGY,)
+    parts: list[Trace] = []
+    sampler = Sampler(
+        [fake], 0.1, clock, lambda rows: parts.append(sampler.part(rows)), wait=Script(clock, ticks=40, late_s=0.03).wait,
+        chunk_s=1.0, full_rate_ticks=15, absent={"meter": Absent(reason="none")},
+    )  # fmt: skip
+    sampler.start()
+    sampler._thread.join(10)
+    trace = sampler.stop()
+    assert len(parts) > 3 and trace.slowed
+    joined = join(parts)
+    for field in ("channels", "times_s", "values", "interval_s", "slowed", "missed_ticks", "read_times_s"):
+        assert getattr(joined, field) == getattr(trace, field), field
+    assert 0 < joined.cpu_s <= trace.cpu_s and "meter" in joined.absent
+    with pytest.raises(BadInput):
+        join([])
 
 
 # --- which sensors ----------------------------------------------------------------------------------------------------
