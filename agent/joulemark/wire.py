@@ -390,6 +390,9 @@ class DeviceFacts(Wire):
     arch: Title
     cpu: Title
     cores: int
+    """Those that the agent may use."""
+    cores_online: int | None = None
+    """Those that run on the whole machine, of which shares of contention are. None where it was not asked."""
     memory_bytes: int
     memory_bandwidth: Metric
     kernel: Title

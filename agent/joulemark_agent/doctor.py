@@ -75,7 +75,7 @@ def _cores(roots: Roots) -> Iterator[Finding]:
     except JoulemarkError as error:
         yield Finding("cores", "unknown", error.message, error.hint)
         return
-    listed = machine.parse_cpu_list(_text(roots.sys / "devices" / "system" / "cpu" / "online"))
+    listed = machine.online_cpus(roots)
     text = f"{cores} cores can be used"
     if quota is not None and quota < len(allowed):
         fix = "raise the limit (systemd CPUQuota=, docker --cpus) or measure with fewer threads"

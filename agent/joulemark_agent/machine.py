@@ -87,12 +87,21 @@ def dt_compatible(roots: Roots) -> tuple[str, ...]:
     return tuple(name for name in text.split("\0") if name)
 
 
+def online_cpus(roots: Roots) -> tuple[int, ...]:
+    """The processors that run: nvpmodel switches some off. Empty when the kernel does not say."""
+    return parse_cpu_list(text_or_none(roots.sys / "devices" / "system" / "cpu" / "online") or "")
+
+
 def usable_cpus(roots: Roots) -> tuple[int, ...]:
-    """The processors that this process may run on (its affinity). Raises NotFound when the kernel does not say."""
+    """The processors that this process may run on and that run. Raises NotFound when the kernel does not say.
+
+    An affinity outlasts that processors are switched off: the kernel lists them on.
+    """
     for line in (text_or_none(roots.proc / "self" / "status") or "").splitlines():
         name, _, value = line.partition(":")
         if name == "Cpus_allowed_list":
-            return parse_cpu_list(value)
+            allowed, online = parse_cpu_list(value), online_cpus(roots)
+            return tuple(cpu for cpu in allowed if not online or cpu in online)
     raise NotFound(f"{roots.proc / 'self' / 'status'} does not list the usable processors", "mount /proc")
 
 
@@ -111,8 +120,7 @@ def _is_cpu(text: str) -> bool:
 
 
 def usable_cores(roots: Roots) -> int:
-    """Processors that may be used at full speed: the affinity, cut to the whole cores of a cgroup's quota, at least
-    1."""
+    """Processors that may be used at full speed: `usable_cpus`, cut to the whole cores of a cgroup's quota, at least 1."""
     cores = len(usable_cpus(roots))
     quota = cpu_quota(roots)
     return max(1, cores if quota is None else min(cores, int(quota)))

@@ -212,6 +212,7 @@ def device_facts(
         arch=roots.arch,
         cpu=machine.cpu_model(roots),
         cores=machine.usable_cores(roots),
+        cores_online=len(machine.online_cpus(roots)) or None,
         memory_bytes=machine.memory_bytes(roots),
         memory_bandwidth=memory_bandwidth,
         kernel=machine.kernel(roots),

@@ -279,12 +279,13 @@ def _over_cores(record: RunRecord, phase: Phase, shares: Sequence[float], what: 
     """`shares` are of the machine's whole CPU capacity, so times the cores they are cores."""
     if not shares:
         return
-    cores = mean(shares) * record.device.cores
-    free = max(0, record.device.cores - record.engine.threads) if record.engine else 0
+    there = record.device.cores_online or record.device.cores
+    cores = mean(shares) * there
+    free = max(0, there - record.engine.threads) if record.engine else 0
     allowed = CONTENDED_CORES * (1 + free)
     if cores > allowed:
         yield (
-            f"contended: {what} {cores:.2f} of {record.device.cores} cores on average in the {phase.name} phase"
+            f"contended: {what} {cores:.2f} of {there} cores on average in the {phase.name} phase"
             f" ({len(shares)} readings), {allowed:.2f} is allowed"
         )
 

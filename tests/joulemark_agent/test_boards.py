@@ -16,6 +16,7 @@ from joulemark_agent import machine, tuning
 from joulemark_agent.profiles import DeviceProfile, load_profiles, match
 from joulemark_agent.sampling import open_sensors
 from joulemark_agent.sensors import (
+    FALL_J,
     NotPresent,
     Options,
     Sensor,
@@ -456,9 +457,15 @@ def test_a_changed_governor_is_seen(tmp_path: Path) -> None:
     sensor.close()
 
 
-@pytest.mark.parametrize("kind", ["gpu-throttle-alert", "cpufreq-cpu0"])
-def test_a_jetson_that_slows_itself_down_shows_it(kind: str, tmp_path: Path) -> None:
-    roots = board("jetson-orin-nano-jetpack6", tmp_path)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("jetson-orin-nano-jetpack6", "gpu-throttle-alert"), ("jetson-orin-nano-jetpack6", "cpufreq-cpu0"),
+        ("jetson-nano-jetpack4", "cpu-balanced"), ("jetson-nano-jetpack4", "gpu-balanced"),
+    ],
+)  # fmt: skip
+def test_a_jetson_that_slows_itself_down_shows_it(name: str, kind: str, tmp_path: Path) -> None:
+    roots = board(name, tmp_path)
     clock = HandClock()
     sensor = throttle.probe(roots, Options(clock=clock))
     assert readings(sensor)["throttle.cooling"] == 0.0, "a fan is no throttling"
@@ -534,6 +541,17 @@ def test_hwmon_total_and_meaning_are_the_profiles_word(tmp_path: Path) -> None:
         hwmon.probe(Roots(sys=tmp_path / "sys"), Options(settings={"total": ["ina226"], "meaning": "guess"}))
 
 
+def test_hwmon_power_and_energy_of_one_chip_are_not_added_up(tmp_path: Path) -> None:
+    files = {"name": "ltc2947\n", "power1_input": "5000000\n", "energy1_input": "7000000\n"}
+    roots = chip(tmp_path, files)
+    for both in (["ltc2947"], ["ltc2947.power1", "ltc2947.energy1"]):
+        with pytest.raises(BadInput, match="counted twice") as caught:
+            hwmon.probe(roots, Options(settings={"total": both}))
+        assert "CHIP.LABEL" in caught.value.hint
+    sensor = hwmon.probe(roots, Options(settings={"total": ["ltc2947.energy1"]}))
+    assert [channel.name for channel in sensor.channels if channel.total] == ["hwmon.ltc2947.energy1"]
+
+
 def test_hwmon_energy_is_a_running_sum_and_a_reset_is_a_gap(tmp_path: Path) -> None:
     sensor = hwmon.probe(chip(tmp_path, {"name": "x\n", "energy1_input": "5000000\n"}), Options())
     file = "sys/class/hwmon/hwmon7/energy1_input"
@@ -541,7 +559,8 @@ def test_hwmon_energy_is_a_running_sum_and_a_reset_is_a_gap(tmp_path: Path) -> N
     for value in ("5000000", "6500000", "100000", "600000"):
         put(tmp_path, file, value)
         seen.append(sensor.read()[0])
-    assert seen == [0.0, pytest.approx(1.5), None, pytest.approx(2.0)]
+    assert seen == [0.0, pytest.approx(1.5), pytest.approx(1.5 - FALL_J), pytest.approx(2.0)]
+    assert seen[2] < seen[1]  # type: ignore[operator]
 
 
 def test_facts_of_a_board(tmp_path: Path) -> None:

@@ -82,9 +82,12 @@ def test_ina_power_in_watts_and_its_setting_is_put_back(
     assert chip.closed == 1
 
 
-def test_ina_current_that_flows_back_is_negative(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ina_a_little_may_flow_back_and_a_board_does_not_feed_its_supply(monkeypatch: pytest.MonkeyPatch) -> None:
+    sensor = meter(monkeypatch, Chip(**{**INA226, "x01": 0x10000 - 500}), chip="ina226")
+    assert sensor.read() == (pytest.approx(-5.04 * 0.125),)
     sensor = meter(monkeypatch, Chip(**{**INA226, "x01": 0x10000 - 5000}), chip="ina226")
-    assert sensor.read() == (pytest.approx(-5.04 * 1.25),)
+    assert sensor.read() == (None,)
+    assert "exchange IN+ and IN-" in sensor.notes()["ina2xx.power"]
 
 
 @pytest.mark.parametrize(
@@ -297,11 +300,11 @@ def instrument(monkeypatch: pytest.MonkeyPatch, answer: bytes = b"+6.250E+00\n")
 
 def test_scpi_over_tcp(monkeypatch: pytest.MonkeyPatch) -> None:
     with instrument(monkeypatch) as port:
-        settings = {"port": port, "query": ":NUM:NORM:VAL? 1", "interval_s": 0.05}
+        settings = {"port": port, "query": ":NUM:NORM:VAL? 3", "interval_s": 0.05}
         sensor = wall_scpi.probe(Roots(), Options(settings=settings))
         assert readings(sensor) == {"meter.power": 6.25}
         assert (sensor.channels[0].meaning, sensor.channels[0].total) == ("wall", True)
-        assert Instrument.heard[0] == b":NUM:NORM:VAL? 1\n"
+        assert Instrument.heard[0] == b":NUM:NORM:VAL? 3\n"
         monkeypatch.setattr(Instrument, "answer", b"9.91E37\n")
         deadline = time.monotonic() + 5
         while "over range" not in sensor.notes().get("meter.power", ""):

@@ -168,6 +168,7 @@ def test_device_facts_of_a_fake_board(tmp_path: Path) -> None:
         "arch": "aarch64",
         "cpu": "4 × Cortex-A76",
         "cores": 2,
+        "cores_online": None,
         "memory_bytes": 4_000_000 * 1024,
         "kernel": "6.1.0-28-cloud-arm64",
         "operating_system": "Debian GNU/Linux 12 (bookworm)",
@@ -218,6 +219,8 @@ def test_cpu_lists(text: str, expected: tuple[int, ...]) -> None:
         ({"sys/fs/cgroup/a/b/cpu.max": "250000 100000\n"}, 2, 2.5),
         ({"sys/fs/cgroup/a/cpu.max": "50000 100000\n", "sys/fs/cgroup/a/b/cpu.max": "400000 100000\n"}, 1, 0.5),
         ({"sys/fs/cgroup/a/b/cpu.max": "1600000 100000\n"}, 8, 16.0),
+        ({"sys/devices/system/cpu/online": "0-15\n"}, 8, None),
+        ({"sys/devices/system/cpu/online": "0-1,8\n"}, 3, None),  # nvpmodel switched the others off
     ],
 )
 def test_cores_follow_affinity_and_quota(

@@ -298,8 +298,8 @@ def test_the_parts_of_a_sampler_are_its_trace() -> None:
     trace = sampler.stop()
     assert len(parts) > 3 and trace.slowed
     joined = join(parts)
-    for field in ("channels", "times_s", "values", "interval_s", "slowed", "missed_ticks", "read_times_s"):
-        assert getattr(joined, field) == getattr(trace, field), field
+    for name in ("channels", "times_s", "values", "interval_s", "slowed", "missed_ticks", "read_times_s"):
+        assert getattr(joined, name) == getattr(trace, name), name
     assert 0 < joined.cpu_s <= trace.cpu_s and "meter" in joined.absent
     with pytest.raises(BadInput):
         join([])

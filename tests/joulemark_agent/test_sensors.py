@@ -26,6 +26,7 @@ from joulemark_agent.sensors import (
     thermal,
     throttle,
 )
+from joulemark_agent.statistics import counter_energy
 from tests.fixtures.boards import BARE, LAPTOP, HandClock, cpufreq, plant, pressure, process, zone
 from tests.fixtures.boards import thermal as thermal_files
 
@@ -176,10 +177,10 @@ def test_rapl_a_reset_is_a_gap_and_not_energy(tmp_path: Path) -> None:
     sensor.read()
     clock.wait(0.1)
     set_energy(tmp_path, 5_000)  # as a wrap these were 162 kJ in 0.1 s
-    assert sensor.read() == (None,)
+    assert sensor.read() == (-rapl.FALL_J,)
     clock.wait(0.1)
     set_energy(tmp_path, 1_005_000)
-    assert sensor.read() == (pytest.approx(1.0),)
+    assert sensor.read() == (pytest.approx(1.0 - rapl.FALL_J),)
     assert "1 steps were beyond any plausible power" in sensor.notes()["rapl.package-0"]
 
 
@@ -200,7 +201,20 @@ def test_rapl_plausible_power(tmp_path: Path, cap_uw: int | None, step_j: float,
     clock.wait(0.1)
     set_energy(tmp_path, round(step_j * 1e6))
     got = sensor.read()[0]
-    assert got is None if expected is None else got == pytest.approx(expected)
+    assert got == (-rapl.FALL_J if expected is None else pytest.approx(expected))
+
+
+def test_what_could_not_be_counted_is_not_covered() -> None:
+    """30 W and 10 W in turns, tick by tick, where 24 W are possible: what remains is half of the time, not 5 W in all of it."""
+    counter, total_uj = rapl.Counter(range_uj=2.6e11, cap_w=24.0), 0.0
+    times, sums = [], []
+    for tick in range(601):
+        total_uj += (30e6 if tick % 2 else 10e6) * 0.1
+        times.append(tick * 0.1)
+        sums.append(counter.update(tick * 0.1, total_uj))
+    found = counter_energy(times, sums, 0.0, 60.0, 0.5)
+    assert found.coverage == pytest.approx(0.5) and counter.gaps == 300
+    assert found.mean_power_w == pytest.approx(10.0)
 
 
 def test_rapl_a_pause_in_which_it_may_have_wrapped_twice_is_a_gap(tmp_path: Path) -> None:
@@ -210,7 +224,7 @@ def test_rapl_a_pause_in_which_it_may_have_wrapped_twice_is_a_gap(tmp_path: Path
     sensor.read()
     clock.wait(1.0)
     set_energy(tmp_path, 10_000_000)
-    assert sensor.read() == (None,)
+    assert sensor.read() == (-rapl.FALL_J,)
 
 
 def test_rapl_energy_read_after_a_failed_read_is_not_lost(tmp_path: Path) -> None:

@@ -470,6 +470,16 @@ def test_cores_that_the_engine_leaves_free_forgive_a_little() -> None:
     assert len(reasons(disturbed("contention.other_cpu", 0.06, engine={"threads": 1}))) == 2
 
 
+def test_shares_are_of_all_cores_that_run_not_of_those_that_the_agent_may_use() -> None:
+    """A container with two of eight cores: 0.05 of one is allowed, and as much for each of the six that the engine leaves free."""
+    device = make_device(cores=2, cores_online=8)
+    only(
+        disturbed("contention.steal", 0.045, start_s=1010.05, device=device),
+        "stole 0.36 of 8 cores on average in the accuracy phase",
+    )
+    assert reasons(disturbed("contention.steal", 0.043, device=device)) == ()
+
+
 @pytest.mark.parametrize("name", ["contention.psi_cpu", "contention.psi_memory"])
 def test_pressure(name: str) -> None:
     only(disturbed(name, 0.11, start_s=1010.05), "of the accuracy phase (PSI, 201 readings), 10% is allowed")

@@ -47,6 +47,11 @@ class SettingsModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+FALL_J = 1e-6
+"""By this an energy sum falls where a step could not be counted. The sum does not say how much that was, and so nobody integrates over it
+(statistics.counter_energy): a missing reading would be bridged instead, as if nothing had been used."""
+
+
 class NotPresent(JoulemarkError):
     """This machine does not offer that sensor: `message` says why, `hint` what would make it available, if anything."""
 

@@ -18,8 +18,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from joulemark.errors import BadInput
 from joulemark.wire import Channel
 from joulemark_agent.sensors import (
+    FALL_J,
     NotPresent,
     Options,
     Pace,
@@ -109,11 +111,11 @@ class _Hwmon:
             value *= read
         return self._running_sum(index, value) if quantity.kind == "energy" else value
 
-    def _running_sum(self, index: int, energy_j: float) -> float | None:
-        """Joules since the first reading; a counter that fell was reset: what was used meanwhile is unknown and not added."""
+    def _running_sum(self, index: int, energy_j: float) -> float:
+        """Joules since the first reading. A counter that fell was reset: what was used is unknown, and the sum falls by FALL_J."""
         last_j, sum_j = self._energy.get(index, (energy_j, 0.0))
-        self._energy[index] = (energy_j, sum_j + max(0.0, energy_j - last_j))
-        return self._energy[index][1] if energy_j >= last_j else None
+        self._energy[index] = (energy_j, sum_j + (energy_j - last_j if energy_j >= last_j else -FALL_J))
+        return self._energy[index][1]
 
     def notes(self) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -148,8 +150,20 @@ class _Settings(SettingsModel):
     meaning: Meaning = "rail"
 
 
+def _refuse_both(found: list[_Quantity], total: tuple[str, ...]) -> None:
+    """A chip's power and its energy are the same joules."""
+    chosen = [quantity for quantity in found if quantity.key in total or quantity.chip in total]
+    for chip in {quantity.chip for quantity in chosen}:
+        both = {quantity.kind: quantity.key for quantity in chosen if quantity.chip == chip}
+        if "power" in both and "energy" in both:
+            raise BadInput(
+                f"the total has both {both['power']} and {both['energy']}: their joules would be counted twice",
+                "name one of them as CHIP.LABEL in the device profile",
+            )
+
+
 def probe(roots: Roots, options: Options) -> Sensor:
-    """Meters and fans of all chips. Raises NotPresent when there is none, or not the one that the profile's total needs."""
+    """Meters and fans of all chips. Raises NotPresent when there is none, or not the one that the profile's total needs; BadInput."""
     settings = settings_of(_Settings, options, "hwmon")
     total, meaning = tuple(settings.total), settings.meaning
     found: list[_Quantity] = []
@@ -164,6 +178,7 @@ def probe(roots: Roots, options: Options) -> Sensor:
             f"no hardware monitor is called {', '.join(missing)}; there are: {', '.join(sorted(known)) or 'none'}",
             "correct the sensor's total in the device profile",
         )
+    _refuse_both(found, total)
     if not found:
         raise NotPresent("no hardware monitor of the kernel has a power meter or a fan")
     return _Hwmon(found, total, meaning, options)

@@ -6,8 +6,9 @@ Settings: `chip` = "ina219" or "ina226", `shunt_ohm` (both required), `bus` (def
 `meaning` = "supply" (default: in the board's own supply line) or "wall" (in front of its power supply).
 
 Power is bus voltage × shunt voltage ÷ shunt resistance, without the chip's calibration register. Full scale of the shunt voltage is 320 mV
-(INA219) and 81.92 mV (INA226): a reading there is no reading. Words on the wire are big-endian, SMBus words little-endian. A chip that the
-kernel's own driver holds is read through sensor hwmon. Needs the group of /dev/i2c-N (i2c) and the extra `pi` (smbus2).
+(INA219) and 81.92 mV (INA226): a reading there is no reading, nor is one below -1 W. Words on the wire are big-endian, SMBus words
+little-endian. A chip that the kernel's own driver holds is read through sensor hwmon. Needs the group of /dev/i2c-N (i2c) and the extra
+`pi` (smbus2).
 Truth: TI SBOS448 (INA219) and SBOS547 (INA226).
 """
 
@@ -24,6 +25,8 @@ from joulemark_agent.sensors import NotPresent, Options, Sensor, SettingsModel, 
 from joulemark_agent.sysfs import Roots
 
 _CONFIGURATION, _SHUNT, _BUS, _MAKER, _DIE = 0x00, 0x01, 0x02, 0xFE, 0xFF
+_LEAST_W = -1.0
+"""A little may flow back for a moment. More than that, and the shunt is wired the other way round."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class _Ina2xx:
         self._chip = _CHIPS[settings.chip]
         self._failures = 0
         self._saturated = 0
+        self._reversed = 0
         self._last = ""
         place = f"/dev/i2c-{settings.bus} 0x{settings.address:02x}, shunt {settings.shunt_ohm:g} Ω"
         self.channels = (
@@ -139,7 +143,11 @@ class _Ina2xx:
             self._saturated += 1
             return (None,)
         voltage_v = (bus >> self._chip.bus_shift) * self._chip.bus_lsb_v
-        return (voltage_v * shunt * self._chip.shunt_lsb_v / self._settings.shunt_ohm,)
+        power_w = voltage_v * shunt * self._chip.shunt_lsb_v / self._settings.shunt_ohm
+        if power_w < _LEAST_W:
+            self._reversed += 1
+            return (None,)
+        return (power_w,)
 
     def notes(self) -> dict[str, str]:
         reasons: list[str] = []
@@ -147,6 +155,8 @@ class _Ina2xx:
             reasons.append(f"{self._failures} reads failed, the last with {self._last}")
         if self._saturated:
             reasons.append(f"{self._saturated} readings were at the end of the chip's range: take a smaller shunt")
+        if self._reversed:
+            reasons.append(f"{self._reversed} readings were below {_LEAST_W:g} W: exchange IN+ and IN-")
         return {"ina2xx.power": "; ".join(reasons)} if reasons else {}
 
     def close(self) -> None:

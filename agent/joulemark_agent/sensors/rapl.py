@@ -10,8 +10,8 @@ max_energy_range_uj. Since the fix for PLATYPUS (CVE-2020-8694) only root may re
 - A psys zone covers the whole platform and, where there is one, is the total instead of the packages.
 - `intel-rapl-mmio:N` is a second way to the same package and is left out.
 
-A step that would need more than a plausible power is a gap, not energy: the counter was reset, or wrapped more often
-than can be known.
+A step that would need more than a plausible power is a gap, not energy: the counter was reset, or wrapped more often than can be known. The
+sum falls there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from joulemark.wire import Channel
-from joulemark_agent.sensors import NotPresent, Options, Sensor, Values, distinct, identifier
+from joulemark_agent.sensors import FALL_J, NotPresent, Options, Sensor, Values, distinct, identifier
 from joulemark_agent.sysfs import KeptFile, Roots, Unreadable, entries, read_number, text_or_none
 
 _ZONE = re.compile(r"intel-rapl:(\d+)(:\d+)?$")
@@ -51,11 +51,8 @@ class Counter:
         self._previous: tuple[float, float] | None = None
         self._sum_uj = 0.0
 
-    def update(self, now_s: float, energy_uj: float) -> float | None:
-        """The running sum in joules, None when the step since the last reading is not believable.
-
-        After such a step the sum goes on from where it was: what was used in between is unknown and is not added.
-        """
+    def update(self, now_s: float, energy_uj: float) -> float:
+        """The running sum in joules. Where the step since the last reading is not believable it falls by FALL_J: nobody knows the step."""
         previous, self._previous = self._previous, (now_s, energy_uj)
         if previous is None:
             return self._sum_uj / 1e6
@@ -65,7 +62,7 @@ class Counter:
             step_uj += self._range_uj
         if step_uj < 0 or step_uj > possible_uj or possible_uj >= self._range_uj:
             self.gaps += 1
-            return None
+            step_uj = -FALL_J * 1e6
         self._sum_uj += step_uj
         return self._sum_uj / 1e6
 

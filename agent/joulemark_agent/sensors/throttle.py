@@ -3,7 +3,8 @@
 Owns: what counts as evidence. A frequency below its maximum does not: governors lower it when there is little to do.
 
 - throttle.cooling: 1 while a cooling device that slows a processor is active (cur_state > 0). Fans, backlights, and
-  radios are cooling devices too and do not count; nor does "TCC Offset", whose state is a setting.
+  radios are cooling devices too and do not count; nor does "TCC Offset", whose state is a setting. JetPack 4 slows down by
+  "cpu-balanced", "gpu-balanced" and, near the end, "tegra-heavy" (thermal zones' cooling-maps in L4T's device trees).
 - throttle.frequency_capped: 1 while a policy's `scaling_max_freq` is below what it was at the start: thermal pressure
   or a person lowered it during the run. A limit that was set before is a property of the device, not an event.
 - throttle.governor_changed: 1 while a policy's `scaling_governor` is another than at the start: somebody changed it during the run.
@@ -25,7 +26,8 @@ from joulemark_agent.sensors._counting import NewEvents
 from joulemark_agent.sysfs import KeptFile, Roots, Unreadable, entries, read_number, text_or_none
 
 _SLOWS_A_PROCESSOR = re.compile(
-    r"Processor$|(thermal-)?(cpufreq|cpuidle|devfreq)\b|intel_powerclamp$|.*throttle", re.ASCII
+    r"Processor$|(thermal-)?(cpufreq|cpuidle|devfreq)\b|intel_powerclamp$|.*throttle|(cpu|gpu|emergency|skin|tegra)-balanced$|tegra[-_]heavy$",
+    re.ASCII,
 )
 _INTERVAL_S = 0.5
 _EVENTS_INTERVAL_S = 1.0

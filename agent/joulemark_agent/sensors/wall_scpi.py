@@ -2,8 +2,9 @@
 
 Owns: asking and parsing one number. Not aware of the instrument's other functions: set range, averaging and mode on it beforehand.
 Settings: `port`, a device (/dev/ttyUSB0) or pyserial URL (socket://192.168.1.20:5025); `query` (default ":MEAS:POW?"; Yokogawa WT300:
-":NUM:NORM:VAL? 1"), `baud` (default 9600), `interval_s` (default 0.5), `timeout_s` (default 1), `meaning` = "wall" (default) or "supply"
-(it feeds the board directly). Needs the extra `meters` (pyserial) and, for a device, its group (dialout).
+":NUM:NORM:VAL? 3", for the third item of its first preset is the power, after U and I: ":NUM:NORM?" says what yours are), `baud` (default
+9600), `interval_s` (default 0.5), `timeout_s` (default 1), `meaning` = "wall" (default) or "supply" (it feeds the board directly). Needs
+the extra `meters` (pyserial) and, for a device, its group (dialout).
 """
 
 from __future__ import annotations
