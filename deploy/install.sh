@@ -32,7 +32,8 @@ data=/var/lib/joulemark
 cache=/var/cache/joulemark
 options=/etc/joulemark/agent.env
 units=/etc/systemd/system
-enabled="joulemark-power-mode.socket joulemark-agent.service"
+# In the order in which they are stopped: an agent puts the power mode back through the other.
+enabled="joulemark-agent.service joulemark-power-mode.socket"
 service_files="$enabled joulemark-power-mode@.service"
 rule=/etc/udev/rules.d/99-joulemark.rules
 journal_limit=/etc/systemd/journald.conf.d/90-joulemark.conf
@@ -59,11 +60,12 @@ usage: deploy/install.sh [options]
 TEXT
 }
 
-say() { printf '%s\n' "$*"; }
+# Nobody may be listening any more: that stops nothing.
+say() { printf '%s\n' "$*" || true; }
 
 fail() {
-    printf 'install.sh: %s\n' "$1" >&2
-    if [ $# -gt 1 ]; then printf '  hint: %s\n' "$2" >&2; fi
+    printf 'install.sh: %s\n' "$1" >&2 || true
+    if [ $# -gt 1 ]; then printf '  hint: %s\n' "$2" >&2 || true; fi
     exit 1
 }
 
@@ -209,7 +211,8 @@ make_user() {
 
 # Sets $release to a new folder, or to the one in use when it was made of the same things.
 choose_release() {
-    former=$(readlink -f "$program" 2>/dev/null || true)
+    former=
+    if [ -L "$program" ]; then former=$(readlink -f "$program" || true); fi
     made_of=
     if [ -n "$packed" ]; then made_of=$(sha256sum <"$packed"); fi
     if [ -n "$wheelhouse" ]; then made_of=$(sha256sum <"$requirements"); fi
@@ -278,30 +281,60 @@ try_engine() {
         || fail "the engine cannot be loaded" "the lines above say why"
 }
 
+# Ubuntu 18.04, which a Jetson with JetPack 4 runs, has 237. @system-service came with 239.
+is_old_systemd() {
+    version=$(systemctl --version 2>/dev/null | sed -n '1s/^systemd \([0-9]\{1,5\}\).*/\1/p')
+    [ "${version:-239}" -lt 239 ]
+}
+
+forget_unit() {
+    if [ ! -e "$units/$1" ]; then return; fi
+    case " $enabled " in
+        *" $1 "*) if systemd_runs; then run systemctl disable --quiet --now "$1"; fi ;;
+    esac
+    run rm -f "$units/$1"
+}
+
 # Makes a release the one in use: in one step, so that there always is one.
 use_release() {
     run ln -sfn "$1" "$program.new"
     run mv -T "$program.new" "$program"
     for file in $service_files; do
-        # A former release may have fewer.
-        if [ "$dry_run" = yes ] || [ -e "$1/$file" ]; then run install -D -m 0644 "$1/$file" "$units/$file"; else rm -f "$units/$file"; fi
+        if [ "$dry_run" = yes ] || [ -e "$1/$file" ]; then
+            run install -D -m 0644 "$1/$file" "$units/$file"
+        else
+            # An older release has fewer.
+            forget_unit "$file"
+        fi
     done
+    if is_old_systemd; then
+        # It does not know this group of system calls, ignores it, and then forbids all that the group has.
+        run sed -i '/^SystemCallFilter=/d; /^SystemCallErrorNumber=/d' "$units/joulemark-agent.service"
+    fi
     run install -D -m 0644 "$1/99-joulemark.rules" "$rule"
 }
 
-# The former release runs again. What the new one wrote stays beside it.
+# The former release runs again, with its options. What the new one wrote stays beside it.
 go_back() {
     if have journalctl; then journalctl --no-pager --output cat --lines 10 --unit joulemark-agent >&2 || true; fi
-    if [ -z "$former" ] || [ "$former" = "$release" ] || [ ! -e "$former/complete" ]; then
+    new="the new release"
+    if [ "$former" = "$release" ]; then new="the agent"; fi
+    if [ -e "$options.former" ]; then
+        new="$new with its new options"
+        mv -f "$options.former" "$options"
+    elif [ "$former" = "$release" ]; then
+        former=
+    fi
+    if [ -z "$former" ] || [ ! -e "$former/complete" ]; then
         fail "the agent did not report that it is ready" "journalctl -u joulemark-agent says why"
     fi
-    say "the new release did not report that it is ready: back to $former"
-    use_release "$former"
+    say "$new did not report that it is ready: back to $former"
+    if [ "$former" != "$release" ]; then use_release "$former"; fi
     systemctl daemon-reload
     systemctl restart joulemark-agent.service \
-        || fail "neither the new release nor $former reports that it is ready" "journalctl -u joulemark-agent says why"
-    run rm -rf "$release"
-    fail "the new release did not report that it is ready; $former runs again" "journalctl -u joulemark-agent says why"
+        || fail "neither $new nor $former as it was reports that it is ready" "journalctl -u joulemark-agent says why"
+    if [ "$former" != "$release" ]; then rm -rf "$release"; fi
+    fail "$new did not report that it is ready; $former runs again as before" "journalctl -u joulemark-agent says why"
 }
 
 # The one in use and the one before it stay.
@@ -316,18 +349,43 @@ install_data_folder() {
     if [ -n "$key_file" ]; then run install -m 0600 -o "$user" -g "$user" "$key_file" "$data/enrol.key"; fi
 }
 
+# Prints what the options were before, without those that are given now: `$1`.
+kept_options() {
+    [ -e "$options" ] || return 0
+    set -f
+    given=$1
+    # shellcheck disable=SC2046 # words; none has a space in it (need_value)
+    set -- $(sed -n 's/^JOULEMARK_OPTIONS="\(.*\)"$/\1/p' "$options" | tail -n 1)
+    set +f
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --host-url | --enrol-key-file | --listen | --name)
+                case " $given " in
+                    *" $1 "*) ;;
+                    *) printf ' %s %s' "$1" "${2-}" ;;
+                esac
+                if [ $# -gt 1 ]; then shift; fi
+                ;;
+            *) printf ' %s' "$1" ;;
+        esac
+        shift
+    done
+}
+
 install_options() {
     line=
     if [ -n "$host_url" ]; then line="$line --host-url $host_url"; fi
     if [ -n "$key_file" ]; then line="$line --enrol-key-file $data/enrol.key"; fi
     if [ -n "$listen" ]; then line="$line --listen $listen"; fi
     if [ -n "$device" ]; then line="$line --name $device"; fi
+    if [ -n "$line" ]; then line="$(kept_options "$line")$line"; fi
     if [ -e "$options" ] && [ -z "$line" ]; then
         say "kept: $options"
     elif [ "$dry_run" = yes ]; then
         say "would write $options: JOULEMARK_OPTIONS=\"${line# }\""
     else
         install -d -m 0755 "$(dirname -- "$options")"
+        if [ -e "$options" ]; then cp -p "$options" "$options.former"; fi
         printf '# Options of "joulemark agent"; after a change: systemctl restart joulemark-agent\nJOULEMARK_OPTIONS="%s"\n' \
             "${line# }" >"$options.new"
         mv -f "$options.new" "$options"
@@ -362,11 +420,12 @@ install_service() {
         return
     fi
     run systemctl daemon-reload
-    # shellcheck disable=SC2086 # a list of units
-    run systemctl enable --quiet $enabled
+    for unit in $enabled; do
+        if [ "$dry_run" = yes ] || [ -e "$units/$unit" ]; then run systemctl enable --quiet "$unit"; fi
+    done
     if [ "$start" = no ]; then return; fi
     # Does nothing on a board without nvpmodel.
-    run systemctl restart joulemark-power-mode.socket \
+    [ ! -e "$units/joulemark-power-mode.socket" ] || run systemctl restart joulemark-power-mode.socket \
         || say "runs cannot set a power mode: systemctl status joulemark-power-mode.socket says why"
     run systemctl restart joulemark-agent.service || go_back
 }
@@ -379,19 +438,17 @@ do_install() {
     install_data_folder
     install_options
     # From here on a lost connection must not leave it half-way.
-    trap '' HUP
+    trap '' HUP PIPE
     use_release "$release"
     limit_journal
     install_service
     forget_old_releases
+    run rm -f "$options.former"
     [ "$dry_run" = yes ] || say "installed. What this machine has: sudo -u $user $program/bin/joulemark doctor"
 }
 
 do_uninstall() {
-    for unit in $enabled; do
-        if systemd_runs && [ -e "$units/$unit" ]; then run systemctl disable --quiet --now "$unit"; fi
-    done
-    for file in $service_files; do run rm -f "$units/$file"; done
+    for file in $service_files; do forget_unit "$file"; done
     run rm -f "$rule" "$journal_limit"
     if systemd_runs; then run systemctl daemon-reload; fi
     if have udevadm; then run udevadm control --reload; fi

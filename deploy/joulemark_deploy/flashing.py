@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Generator
@@ -59,6 +60,8 @@ def to_file(source: Source, out: Path, card: Card, packed: Path, tell: Tell, pro
         title = _prepare(source, image, card, packed, tell, progress)
         with image.open("rb") as file:
             os.fsync(file.fileno())
+        # It has the network's key and the one-time key in it.
+        image.chmod(0o600)
         image.rename(out)
     return title
 
@@ -117,8 +120,12 @@ def _remove_leftovers(place: Path) -> None:
     """Gigabytes with a network's key in them, under a name that nobody sees. A living one holds its lock, and has it from its beginning."""
     for left in place.glob(f"{_WORKPLACE}*"):
         with contextlib.suppress(OSError):  # somebody else's, or held
-            if time.time() - left.stat().st_mtime < _LOCKED_AFTER_S:
+            status = left.lstat()
+            ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+            if not ours or time.time() - status.st_mtime < _LOCKED_AFTER_S:
                 continue
-            with (left / _LOCK).open("a") as lock:
+            # A folder for all, like /tmp: what lies there under our name is not followed.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            with os.fdopen(os.open(left / _LOCK, flags, 0o600), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(left)

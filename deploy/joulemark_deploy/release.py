@@ -37,7 +37,10 @@ from joulemark_deploy.targets import Target
 from joulemark_deploy.tools import pip, run
 
 MANIFEST = "release.json"
-_COMMAND = '#!/bin/sh\nexec "$(dirname -- "$(readlink -f -- "$0")")/python" -m joulemark "$@"\n'
+_COMMAND = '#!/bin/sh\nexec "$(dirname -- "$(readlink -f -- "$0")")/python" -P -m joulemark "$@"\n'
+"""-P: not from the folder that somebody calls it in, who may be root."""
+_FORMAT = 2
+"""Counts up when the same packages are packed in another way."""
 _MOST_MANIFEST_BYTES = 65_536
 _NOT_NEEDED = (
     "bin", "hf_xet", "huggingface_hub", "llama_cpp/include", "llama_cpp/lib/cmake", "llama_cpp/lib/pkgconfig", "numpy/**/tests",
@@ -128,7 +131,7 @@ def _key(wheels: Path) -> str:
     digest = hashlib.sha256((wheels / wheelhouse.MANIFEST).read_bytes())
     for name in SERVICE_FILES:
         digest.update(deploy_file(name).read_bytes())
-    digest.update(repr((portable_python.PACKAGES, sys.version_info[:2], _COMMAND, _NOT_NEEDED)).encode())
+    digest.update(repr((_FORMAT, portable_python.PACKAGES, sys.version_info[:2], _COMMAND, _NOT_NEEDED)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -178,4 +181,6 @@ def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
     member.uid = member.gid = 0
     member.uname = member.gname = ""
     member.mtime = 0
+    # Not what the umask here made of it: the service is another user than who unpacks it.
+    member.mode = 0o777 if member.issym() else 0o755 if member.isdir() or member.mode & 0o100 else 0o644
     return member

@@ -91,7 +91,7 @@ class Board:
         """The names of those that are not whole in that folder there."""
         listing = "".join(f"{sha256}  {name}\n" for name, sha256 in digests.items())
         place = shlex.quote(folder)
-        check = f"mkdir -p -m 700 {place} && cd {place} && {{ sha256sum -c - 2>/dev/null; true; }}"
+        check = f"mkdir -p -m 700 {place} && cd {place} && {{ LC_ALL=C sha256sum -c - 2>/dev/null; true; }}"
         said = self.run(check, "the board could not be looked at", stdin=listing.encode())
         whole = {line.removesuffix(": OK") for line in said.splitlines() if line.endswith(": OK")}
         return set(digests) - whole

@@ -121,7 +121,10 @@ def test_the_board_needs_no_compiler_and_no_network(board: Board) -> None:
     assert not list((root / "usr/bin").glob("*gcc*")) and not list((root / "usr/bin").glob("c++*"))
     assert board.run("/opt/joulemark/bin/joulemark", "--version").stdout.startswith("joulemark ")
     unit = root / "etc/systemd/system/joulemark-agent.service"
-    assert unit.read_text() == (DEPLOY / "joulemark-agent.service").read_text()
+    ours = (DEPLOY / "joulemark-agent.service").read_text().splitlines()
+    unknown = [line for line in ours if line.startswith(("SystemCallFilter=@system-service", "SystemCallErrorNumber="))]
+    assert len(unknown) == 2, "what systemd 237 misunderstands"
+    assert unit.read_text().splitlines() == [line for line in ours if line not in unknown]
 
 
 def test_the_doctor_on_the_board_finds_both_engines(board: Board) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import socket
 import tarfile
 from pathlib import Path
 
@@ -70,6 +71,43 @@ def test_an_update_that_does_not_report_ready_is_undone(board: Board, packed: Pa
     assert Path(f"/proc/{pid}").exists(), "the former agent serves again"
 
 
+def test_options_with_which_the_agent_does_not_start_are_undone(board: Board, packed: Path) -> None:
+    options = board.userland.root / "etc/joulemark/agent.env"
+    before = options.read_text()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = joulemark(
+            "install", "root@127.0.0.1", "--release", str(packed), "--listen", listen, *board.server.options
+        )
+    assert done.returncode == 1
+    assert "the agent with its new options did not report that it is ready" in done.stderr
+    assert "/opt/joulemark-releases/1 runs again as before" in done.stderr
+    assert options.read_text() == before and [path.name for path in options.parent.iterdir()] == ["agent.env"]
+    pid = int((board.userland.root / "run/agent.pid").read_text())
+    assert Path(f"/proc/{pid}").exists()
+
+
+def test_an_older_release_with_fewer_units_can_be_gone_back_to(board: Board, packed: Path, tmp_path: Path) -> None:
+    """By hand, with this script: what the older one has not goes, and comes again with the newer one. Options that are not given stay."""
+    options = board.userland.root / "etc/joulemark/agent.env"
+    before = options.read_text().strip().removesuffix('"')
+    units = board.userland.root / "etc/systemd/system"
+    older = tmp_path / "older.tar.gz"
+    with tarfile.open(packed) as source, tarfile.open(older, "w:gz", compresslevel=1) as target:
+        for member in source:
+            if "power-mode" not in member.name:
+                target.addfile(member, source.extractfile(member) if member.isfile() else None)
+    done = joulemark(
+        "install", "root@127.0.0.1", "--release", str(older), "--listen", "127.0.0.1:0", *board.server.options
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [path.name for path in units.glob("joulemark-*")] == ["joulemark-agent.service"]
+    assert "--host-url" in before and options.read_text() == f'{before} --listen 127.0.0.1:0"\n'
+    done = joulemark("upgrade", "root@127.0.0.1", "--release", str(packed), *board.server.options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(units.glob("joulemark-*"))) == 3
+
+
 def test_a_release_for_another_processor_or_none_is_not_even_sent(board: Board, tmp_path: Path) -> None:
     for content, words in (
         (made_for(DOTPROD), "is for another processor"),
@@ -117,6 +155,20 @@ def test_uninstall_keeps_what_was_measured_unless_told(board: Board) -> None:
     assert not (root / "var/lib/joulemark").exists() and not (root / "etc/joulemark").exists()
     there = joulemark("upgrade", "root@127.0.0.1", *board.server.options)
     assert there.returncode == 1 and "there is no Joulemark on root@127.0.0.1" in there.stderr
+
+
+def test_a_first_installation_that_does_not_report_ready_says_so(board: Board, packed: Path, tmp_path: Path) -> None:
+    """After the last one there is nothing to go back to."""
+    broken = broken_release(packed, tmp_path / "broken.tar.gz")
+    done = joulemark("install", "root@127.0.0.1", "--release", str(broken), *board.server.options)
+    assert done.returncode == 1
+    assert "the agent did not report that it is ready" in done.stderr and "journalctl" in done.stderr
+    assert (
+        in_use(board) == "/opt/joulemark-releases/1"
+        and (board.userland.root / "opt/joulemark-releases/1/release.json").exists()
+    )
+    gone = joulemark("uninstall", "root@127.0.0.1", "--purge", *board.server.options)
+    assert gone.returncode == 0, gone.stdout + gone.stderr
 
 
 # --- what a board must have -------------------------------------------------------------------------------------------

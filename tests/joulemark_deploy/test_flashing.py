@@ -11,6 +11,7 @@ import lzma
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import zipfile
 from collections.abc import Callable
@@ -289,6 +290,29 @@ def test_what_a_killed_one_left_goes_and_a_living_one_stays(tmp_path: Path) -> N
         flashed(image, card(), card_images.pretended_release(tmp_path))
     assert not killed.exists()
     assert (living / "card.img").exists() and (young / "card.img").exists()
+
+
+def test_under_our_name_in_a_folder_for_all_nothing_is_followed(tmp_path: Path) -> None:
+    """As in /tmp: a link to a file, which would be made there as root; a pipe that nobody reads; a link to a folder."""
+    image = card_images.raspberry_pi(tmp_path, card_images.CLOUD_INIT)
+    linked, piped, folder = (tmp_path / f".joulemark-flash-{name}" for name in ("linked", "piped", "folder"))
+    linked.mkdir()
+    (linked / "lock").symlink_to(tmp_path / "nologin")
+    piped.mkdir()
+    os.mkfifo(piped / "lock")
+    (tmp_path / "precious").mkdir()
+    folder.symlink_to(tmp_path / "precious")
+    for place in (linked, piped, tmp_path / "precious"):
+        os.utime(place, (0, 0))
+    flashed(image, card(), card_images.pretended_release(tmp_path))
+    assert not (tmp_path / "nologin").exists() and (tmp_path / "precious").is_dir()
+    assert list((tmp_path / "precious").iterdir()) == []
+
+
+def test_an_image_with_secrets_in_it_is_its_owners_alone(tmp_path: Path) -> None:
+    image = card_images.raspberry_pi(tmp_path, card_images.CLOUD_INIT)
+    _, made = flashed(image, card(), card_images.pretended_release(tmp_path))
+    assert stat.S_IMODE(made.stat().st_mode) == 0o600
 
 
 def test_a_release_for_a_faster_board_is_refused(tmp_path: Path) -> None:

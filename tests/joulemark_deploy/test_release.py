@@ -37,6 +37,20 @@ def test_the_same_content_is_the_same_file(tmp_path: Path) -> None:
     assert next(member for member in members if member.name == "lib/link").linkname == "liba.so"
 
 
+def test_whatever_the_umask_was_the_service_can_read_it(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        made = tree(tmp_path / "tree", ["release.json", "bin/joulemark", "lib/liba.so", "lib/libb.so"], 1)
+        (made / "bin/joulemark").chmod(0o700)
+        release._pack(made, tmp_path / "packed.tar.gz")  # pyright: ignore[reportPrivateUsage]
+    finally:
+        os.umask(before)
+    with tarfile.open(tmp_path / "packed.tar.gz") as archive:
+        modes = {member.name: member.mode for member in archive}
+    assert modes["bin"] == modes["lib"] == modes["bin/joulemark"] == 0o755
+    assert modes["release.json"] == modes["lib/liba.so"] == 0o644
+
+
 def test_what_is_no_release_is_refused(tmp_path: Path) -> None:
     assert release.read(card_images.pretended_release(tmp_path)).instruction_set == "armv8.0"
     (tmp_path / "other").write_text("x")

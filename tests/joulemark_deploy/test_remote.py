@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,18 @@ def test_files_arrive_whole_and_private_and_are_not_sent_again(line: Line) -> No
     assert all((line.there / path.name).stat().st_mode & 0o777 == 0o600 for path in line.files)
     assert line.bring() == []
     assert line.tries() == 0
+
+
+def test_a_board_that_speaks_another_language_is_understood(line: Line, tmp_path: Path) -> None:
+    program = tmp_path / "programs" / "sha256sum"
+    real = shutil.which("sha256sum")
+    program.write_text(
+        f'#!/bin/sh\n[ "$LC_ALL" = C ] || exec sh -c \'{real} "$@" | sed "s/: OK$/: Réussi/"\' - "$@"\nexec {real} "$@"\n'
+    )
+    program.chmod(0o755)
+    line.bring()
+    _assert_whole(line)
+    assert line.bring() == [] and line.tries() == 0
 
 
 def test_a_connection_that_breaks_goes_on_with_what_is_lacking(line: Line) -> None:
