@@ -214,8 +214,3 @@ def _disk(folder: Path) -> Iterator[Finding]:
         yield Finding("disk", "warning", text, "free some space: models and the journal go there")
     else:
         yield Finding("disk", "ok", text)
-
-
-def _text(path: Path) -> str:
-    text = read_text(path)
-    return text if isinstance(text, str) else ""
