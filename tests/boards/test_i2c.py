@@ -48,7 +48,7 @@ for _ in range(200):
 found["read_s"] = (time.perf_counter() - started) / 200
 ina226.close()
 found["ina226_put_back"] = get(0x40, 0x00)
-for register, value in ((0x00, 0x399F), (0x02, 1260 << 3 | 2), (0x01, 0x10000 - 1250)):  # 5.04 V, -12.5 mV
+for register, value in ((0x00, 0x399F), (0x02, 1260 << 3 | 2), (0x01, 0x10000 - 125)):  # 5.04 V, -1.25 mV
     put(0x41, register, value)
 ina219 = sensor(chip="ina219", address=0x41)
 found["ina219_w"] = ina219.read()[0]
@@ -68,7 +68,7 @@ def test_ina_chips_on_a_real_bus(tmp_path: Path) -> None:
     assert lines, said[-3000:]
     found = json.loads(lines[0])
     assert found["ina226_w"] == pytest.approx(5.04 * 1.25)
-    assert found["ina219_w"] == pytest.approx(-5.04 * 1.25)
+    assert found["ina219_w"] == pytest.approx(-5.04 * 0.125)
     assert (found["ina226_setting"], found["ina226_put_back"]) == (0x456F, 0x4127)
     assert "nothing answers at 0x45" in found["no_chip"]
     assert "is no INA226" in found["other_chip"]
