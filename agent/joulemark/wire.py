@@ -265,6 +265,7 @@ class RunSpec(Wire):
     stall_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """The worker is killed when it has said nothing for so long."""
     timeout_s: Annotated[float, Field(gt=0)] = 86_400.0
+    """How long all attempts together may last, without what lies between them."""
     variant: Title = ""
     cool_wait_s: Annotated[float, Field(ge=0, le=86_400)] = 600.0
     """How long a board that is too warm to begin may take to cool down."""

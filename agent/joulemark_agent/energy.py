@@ -139,19 +139,33 @@ def energy_of(meter: Meter | Absent, windows: Sequence[Phase]) -> Energy | Absen
     if not windows:
         return Absent(reason="the run has no such phase")
     parts: list[Energy] = []
+    missed: Absent | None = None
     for window in windows:
         part = _of_window(meter, window)
-        if isinstance(part, Absent):
+        if isinstance(part, Energy):
+            parts.append(part)
+        elif not _is_short(meter, window):
             return part
-        parts.append(part)
-    duration_s = sum(part.duration_s for part in parts)
+        else:
+            missed = missed or part
+    duration_s = sum(window.end_s - window.start_s for window in windows)
+    measured_s = sum(part.duration_s for part in parts)
+    if missed is not None and (not parts or measured_s < REQUIRED_COVERAGE * duration_s):
+        return missed
     return Energy(
-        joules=sum(part.joules for part in parts),
+        joules=sum(part.joules for part in parts) * duration_s / measured_s,
         certain_j=sum(part.certain_j for part in parts),
         duration_s=duration_s,
         coverage=sum(part.coverage * part.duration_s for part in parts) / duration_s,
         readings=sum(part.readings for part in parts),
     )
+
+
+def _is_short(meter: Meter, window: Phase) -> bool:
+    """Whether a window may end before its meter was read twice in it, by the meter's own rhythm: an attempt died as soon as it began. What
+    it used is counted at the mean power of the other windows, like any gap."""
+    spacing_s = max(_max_gap(meter.trace, column, window) for column in meter.columns) / GAP_INTERVALS
+    return window.end_s - window.start_s < 2 * spacing_s
 
 
 def _max_gap(trace: Trace, column: Column, window: Phase) -> float:

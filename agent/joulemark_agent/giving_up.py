@@ -20,6 +20,7 @@ MAX_FRUITLESS = 2
 MAX_POWER_CUTS = 3
 """As often a board may lose its power in a row before the run's next item: under load its supply may not suffice."""
 AGENT_STOPPED = "agent_stopped"
+WORKER_HUNG = "worker_hung"
 BOARD_WENT_DOWN = "board_went_down"
 
 

@@ -22,7 +22,7 @@ from joulemark.errors import BadInput, DigestMismatch, JoulemarkError, NoSpace, 
 from joulemark.wire import Clock, DeviceFacts, Manifest, Metric, Problem, RunRecord, RunSpec, RunState
 from joulemark_agent import holding, readiness, reporting
 from joulemark_agent.fitting import cache_budget, choose_backend, misfit
-from joulemark_agent.giving_up import lost, why_no_more
+from joulemark_agent.giving_up import WORKER_HUNG, lost, why_no_more
 from joulemark_agent.journal import Journal
 from joulemark_agent.machine import boot_id, memory_field_bytes, usable_cores
 from joulemark_agent.messages import (
@@ -234,17 +234,18 @@ class Jobs:
                 if refused is not None:
                     ended = refused
                     break
-                memory_bandwidth = memory_bandwidth or self._machine.bandwidth()
-                self._wait_until_cool(spec)
-                if self._stopping.is_set():
-                    return
-                if spec.run_id in self._cancelled:
-                    continue
-                pins = self._machine.profile.pins
-                with self._held(spec), steady_fan(pins.fan_gpio, pins.fan_speed):
-                    # Now, for afterwards the machine is set as before.
-                    device = self._machine.facts(memory_bandwidth)
-                    ended = self._attempt(spec)
+                with self._held(spec):
+                    # As the run has the machine: a power mode sets the memory's clock too, and how warm it is at rest.
+                    memory_bandwidth = memory_bandwidth or self._machine.bandwidth()
+                    self._wait_until_cool(spec)
+                    if self._stopping.is_set():
+                        return
+                    if spec.run_id in self._cancelled:
+                        continue
+                    pins = self._machine.profile.pins
+                    with steady_fan(pins.fan_gpio, pins.fan_speed):
+                        device = self._machine.facts(memory_bandwidth)
+                        ended = self._attempt(spec)
                 if ended.stopped:
                     return
                 if not ended.again:
@@ -310,7 +311,8 @@ class Jobs:
     def _job(self, spec: RunSpec) -> EvaluateJob:
         manifest = self._library.manifest(spec.artifact_id)
         available = memory_field_bytes(self._machine.roots, "MemAvailable")
-        timed = max((len(attempt.latency) for attempt in self._journal.attempts(spec.run_id)), default=0)
+        boot = self._now().boot_id
+        here = [attempt for attempt in self._journal.attempts(spec.run_id) if attempt.clock.boot_id == boot]
         return EvaluateJob(
             spec=spec,
             manifest=manifest,
@@ -322,7 +324,8 @@ class Jobs:
             model_path=str(self._library.model_path(spec.artifact_id)),
             pack_path=str(self._library.pack_path(spec.pack_id)),
             done=self._journal.done(spec.run_id),
-            latency_done=timed >= spec.latency.prompts,
+            # Of this boot: the record cannot place another one's times.
+            latency_done=any(phase.name == "latency" for attempt in here for phase in attempt.phases),
         )
 
     # --- one attempt --------------------------------------------------------------------------------------------------
@@ -355,7 +358,7 @@ class Jobs:
 
     def _listen(self, spec: RunSpec, attempt: int, worker: Worker) -> _Ended:
         """Journal the worker's messages until it finishes, fails, dies, stalls, is cancelled, or the agent stops."""
-        deadline = self._started_s(spec.run_id) + spec.timeout_s
+        deadline = time.monotonic() + spec.timeout_s - self._spent_s(spec.run_id, attempt)
         heard = time.monotonic()
         while True:
             if self._stopping.is_set():
@@ -379,10 +382,10 @@ class Jobs:
                 return _Ended(message.problem)
             self._keep(spec, attempt, message)
 
-    def _started_s(self, run_id: str) -> float:
-        """When the run's first attempt on this boot began, on the monotonic clock."""
-        boot = self._now().boot_id
-        return min(a.clock.monotonic_s for a in self._journal.attempts(run_id) if a.clock.boot_id == boot)
+    def _spent_s(self, run_id: str, attempt: int) -> float:
+        """How long the run's attempts before this one lasted, whenever that was."""
+        former = (one for one in self._journal.attempts(run_id) if one.number < attempt)
+        return sum(reporting.lasted_s(self._journal, run_id, one) for one in former)
 
     def _keep(self, spec: RunSpec, attempt: int, message: Message) -> None:
         journal, run = self._journal, spec.run_id
@@ -439,5 +442,5 @@ class Jobs:
 
 def _hung(message: str) -> Problem:
     return Problem(
-        code="worker_hung", message=message, hint="the worker was killed; raise the limit if the board is merely slow"
+        code=WORKER_HUNG, message=message, hint="the worker was killed; raise the limit if the board is merely slow"
     )

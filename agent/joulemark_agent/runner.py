@@ -129,10 +129,11 @@ def evaluate(job: EvaluateJob, around: Surroundings) -> None:
     try:
         around.emit(Loaded(engine=session.facts()))
         _measure_latency(session, job, chosen, around)
-        with _phase("accuracy", around):
-            remaining = [item for item in chosen if item.doc_id not in done]
-            for record in _answer(session, pack, task, remaining, around.clock):
-                around.emit(ItemDone(item=record))
+        remaining = [item for item in chosen if item.doc_id not in done]
+        if remaining:
+            with _phase("accuracy", around):
+                for record in _answer(session, pack, task, remaining, around.clock):
+                    around.emit(ItemDone(item=record))
         around.emit(Loaded(engine=session.facts()))
     finally:
         session.close()

@@ -51,6 +51,13 @@ def _windows(record: RunRecord, name: str) -> list[Phase]:
     return [phase for phase in record.phases if phase.name == name]
 
 
+def _latency_windows(record: RunRecord) -> list[Phase]:
+    """Those that hold samples, if any does: an attempt that crashed in its latency phase left energy but no figures, and was repeated."""
+    windows = _windows(record, "latency")
+    used = [window for window in windows if any(_inside(sample.start_s, [window]) for sample in record.latency)]
+    return used or windows
+
+
 def summarise(record: RunRecord, limits: Limits | None = None) -> tuple[Summary, Verdict]:
     """All figures of `record`, and whether they may be compared.
 
@@ -58,7 +65,10 @@ def summarise(record: RunRecord, limits: Limits | None = None) -> tuple[Summary,
     for a record that passed validation: what cannot be computed is Absent with the reason.
     """
     meter = find_meter(record.trace)
-    energy = {name: energy_of(meter, _windows(record, name)) for name in ("idle", "latency", "accuracy")}
+    windows = {
+        "idle": _windows(record, "idle"), "latency": _latency_windows(record), "accuracy": _windows(record, "accuracy"),
+    }  # fmt: skip
+    energy = {name: energy_of(meter, found) for name, found in windows.items()}
     run = _Run(record, tally(record), task_facts(record.pack.task), meter, energy)
     latency = latency_metrics(record.latency)
     metrics = {
@@ -241,7 +251,6 @@ def _net(energy: Energy | Absent, idle: Energy | Absent, meter: Meter | Absent) 
 
 
 def _per_token(run: _Run) -> Metric:
-    """Over the windows that hold samples: an attempt that crashed in its latency phase left energy but no tokens."""
     windows = _windows(run.record, "latency")
     complete = [sample for sample in run.record.latency if sample.token_times_s]
     outside = sum(not (_inside(s.start_s, windows) and _inside(s.token_times_s[-1], windows)) for s in complete)
@@ -249,10 +258,9 @@ def _per_token(run: _Run) -> Metric:
         return Absent(reason=f"{outside} of {len(complete)} latency samples lie outside the recorded latency phase")
     if not complete:
         return Absent(reason="the latency phase gave no token")
-    used = [window for window in windows if any(_inside(sample.start_s, [window]) for sample in complete)]
     tokens = sum(len(sample.token_times_s) for sample in complete)
     note = f"; ÷ {tokens} new tokens, prefill included"
-    return _measured(lambda joules: joules / tokens, "J/tok", energy_of(run.meter, used), run.meter, note)
+    return _measured(lambda joules: joules / tokens, "J/tok", run.energy["latency"], run.meter, note)
 
 
 def _per_correct(run: _Run, energy: Energy | Absent) -> Metric:

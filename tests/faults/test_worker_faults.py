@@ -9,10 +9,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from joulemark.wire import Clock, ItemRecord, RunRecord
+from joulemark.errors import NoSpace
+from joulemark.wire import Absent, Clock, ItemRecord, LatencyPlan, RunRecord
 from joulemark_agent.giving_up import MAX_ATTEMPTS
 from joulemark_agent.jobs import Jobs
 from joulemark_agent.journal import Journal
@@ -186,6 +188,90 @@ def test_a_worker_that_hangs_after_progress_is_resumed(bench: Bench, monkeypatch
     record = bench.run("stumbling", stall_timeout_s=1.5)
     assert record.status == "done" and complete(record) and record.attempts == 2
     assert record.interruptions[0].code == "worker_hung"
+    # What it was silent is no time of the run: 1.5 s here, ten minutes by default, and its idle power with it.
+    accuracy = [phase.end_s - phase.start_s for phase in record.phases if phase.name == "accuracy"]
+    assert sum(accuracy) < 1.0 and record.summary is not None
+    assert record.summary.metrics["wall_time"].value == pytest.approx(sum(accuracy))  # type: ignore[union-attr]
+
+
+def test_the_time_between_attempts_is_not_the_runs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent that was off for longer than the run's limit goes on with the run."""
+    monkeypatch.setenv("JOULEMARK_FAKE_FAULT", "slow:0.1")
+    bench.jobs.submit(make_spec(bench.files, "paused", timeout_s=6.0))
+    wait_for_items(bench, "paused", 3)
+    bench.close()
+    time.sleep(6.0)
+    bench.open()
+    record = bench.wait("paused")
+    assert record.status == "done" and complete(record), record.problem
+
+
+def test_a_record_that_the_disk_refuses_is_made_again_as_it_was(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All items are answered: the attempt that follows has none left, and no second accuracy phase."""
+    monkeypatch.setattr("joulemark_agent.jobs.DISK_PATIENCE_S", 0.2)
+    keep, refusals = bench.journal.set_record, iter([NoSpace("the disk is full", "free some")])
+
+    def refuse_once(*arguments: Any) -> None:
+        if error := next(refusals, None):
+            raise error
+        keep(*arguments)
+
+    monkeypatch.setattr(bench.journal, "set_record", refuse_once)
+    record = bench.run("refused")
+    assert record.status == "done" and complete(record) and record.attempts == 2
+    assert [phase.name for phase in record.phases].count("accuracy") == 1
+    assert [phase.name for phase in record.phases].count("latency") == 1 and record.latency
+
+
+def test_the_latency_phase_is_measured_again_after_a_reboot_and_only_then(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where there are fewer prompts than asked for."""
+    monkeypatch.setenv("JOULEMARK_FAKE_FAULT", "slow:0.1")
+    for run_id, booted in (("same-boot", False), ("rebooted", True)):
+        bench.jobs.submit(
+            make_spec(bench.files, run_id, limit=SIZE, latency=LatencyPlan(prompts=SIZE + 5, new_tokens=4))
+        )
+        wait_for_items(bench, run_id, 3)
+        bench.close()
+        if booted:
+            with sqlite3.connect(bench.folder / "journal.sqlite") as database:
+                database.execute(
+                    "UPDATE attempts SET clock = json_set(clock, '$.boot_id', 'another') WHERE run_id = ?", (run_id,)
+                )
+            database.close()
+        bench.open()
+        record = bench.wait(run_id)
+        assert record.status == "done" and record.attempts == 2, record.problem
+        assert [phase.name for phase in record.phases].count("latency") == 1
+        assert len(record.latency) == SIZE
+        assert not any("latency phase is missing" in reason for reason in record.verdict.reasons)
+
+
+def test_a_channel_that_changed_between_two_attempts_stops_neither_run_nor_queue(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody edits the profile while the agent is off: what was measured before is left out and said so."""
+    monkeypatch.setenv("JOULEMARK_FAKE_FAULT", "slow:0.1")
+    bench.jobs.submit(make_spec(bench.files, "edited"))
+    wait_for_items(bench, "edited", 3)
+    bench.close()
+    with sqlite3.connect(bench.folder / "journal.sqlite") as database:
+        (text,) = database.execute("SELECT trace FROM attempts WHERE run_id = 'edited'").fetchone()
+        changed = text.replace('"quantity":"memory"', '"quantity":"count"').replace('"unit":"By"', '"unit":"1"')
+        assert changed != text
+        database.execute("UPDATE attempts SET trace = ? WHERE run_id = 'edited'", (changed,))
+    database.close()
+    bench.open()
+    record = bench.wait("edited")
+    assert record.status == "done" and complete(record) and record.attempts == 2
+    assert record.trace is not None
+    assert "disagree on what the channel" in record.trace.absent["sampler (former attempts)"].reason
+    assert [phase.name for phase in record.phases].count("idle") == 1
+    assert record.summary is not None
+    wall_time = record.summary.metrics["wall_time"]
+    assert isinstance(wall_time, Absent) and "answered outside the recorded windows" in wall_time.reason
+    assert bench.run("next").status == "done"
 
 
 def test_a_run_that_outlasts_its_limit_is_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from joulemark.errors import BadInput
-from joulemark.wire import RunRecord, Tuning
+from joulemark.wire import Absent, RunRecord, Tuning
 from joulemark.wishes import tuning_of
 from joulemark_agent import holding, tuning
 from joulemark_agent.holding import TuningRefused, held, put_back
@@ -248,7 +248,13 @@ def test_a_run_is_measured_and_recorded_as_it_was_set(tmp_path: Path) -> None:
         return here.model_copy(update={name: getattr(there, name) for name in ("governor", "power_mode", "clocks")})
 
     note = tmp_path / "note.json"
-    put_together = dataclasses.replace(machine, facts=facts, note=note)
+    modes: list[str | None] = []
+
+    def bandwidth() -> Absent:
+        modes.append(tuning.power_mode(roots))
+        return Absent(reason="not measured in this test")
+
+    put_together = dataclasses.replace(machine, facts=facts, note=note, bandwidth=bandwidth)
     # The worker needs this machine's /proc, the settings are the board's.
     mixed = dataclasses.replace(machine.roots, sys=roots.sys, etc=roots.etc, var=roots.var, bin=roots.bin)
     put_together = dataclasses.replace(put_together, roots=mixed)
@@ -271,6 +277,7 @@ def test_a_run_is_measured_and_recorded_as_it_was_set(tmp_path: Path) -> None:
     assert (record.device.power_mode, record.device.governor) == ("15W (0)", "performance")
     assert record.device.clocks == "cpu fixed at 1.73 GHz, 17000000.gpu fixed at 1.02 GHz"
     assert record.spec.tuning == WANTED
+    assert modes == ["15W (0)"], "the memory's clock is the power mode's"
     assert state(roots) == BEFORE
     assert (
         refused.status == "failed" and refused.problem is not None and "no governor 'turbo'" in refused.problem.message

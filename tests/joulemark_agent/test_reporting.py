@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from joulemark.wire import Channel, Clock, Phase, Trace
+from joulemark.wire import Absent, Channel, Clock, Phase, Problem, Trace
 from joulemark_agent.journal import Journal
 from joulemark_agent.reporting import build_record
 from tests.fixtures.records import make_device, make_manifest, make_pack_header
@@ -48,3 +48,23 @@ def test_the_energy_of_an_attempt_whose_agent_was_killed_is_counted_once(tmp_pat
     assert record.summary is not None
     energy = record.summary.metrics["energy_accuracy"]
     assert energy.value == pytest.approx(20.0 * (58.9 + 28.0))  # type: ignore[union-attr]
+
+
+def test_a_load_that_did_not_end_is_none(tmp_path: Path) -> None:
+    """Neither its time nor what the worker had then is a figure of the model."""
+    spec = make_spec(make_files(tmp_path))
+    journal = Journal(tmp_path / "journal.sqlite")
+    journal.add_run(spec, 20)
+    attempt = journal.begin_attempt(spec.run_id, CLOCK)
+    memory = Channel(name="memory.worker_pss", quantity="memory", unit="By", source="test")
+    journal.add_samples(
+        spec.run_id, attempt, 0, part(0.0, 0.0).model_copy(update={"channels": (memory,), "values": ((5e6,) * 50,)})
+    )  # fmt: skip
+    journal.start_phase(spec.run_id, attempt, "load", 1.0)
+    problem = Problem(code="missing_extra", message="no engine", hint="install one")
+    journal.end_attempt(spec.run_id, attempt, problem, None)
+    record = build_record(journal, spec, "failed", problem, make_manifest(), make_pack_header(), make_device(), CLOCK)
+    assert record.phases == () and record.summary is not None
+    for name, words in (("load_time", "not loaded to the end"), ("peak_pss", "the worker had 5.0 MB at most")):
+        metric = record.summary.metrics[name]
+        assert isinstance(metric, Absent) and words in metric.reason

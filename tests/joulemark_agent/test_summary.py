@@ -403,6 +403,40 @@ def test_every_window_of_a_resumed_run_must_be_covered() -> None:
     assert "of the accuracy phase" in reason(resumed(gap=True), "energy_accuracy")
 
 
+def with_phase(record: RunRecord, name: Any, start_s: float, end_s: float) -> RunRecord:
+    return record.model_copy(update={"phases": (*record.phases, Phase(name=name, start_s=start_s, end_s=end_s))})
+
+
+def test_a_window_that_ended_before_the_meter_was_read_twice_is_counted_at_the_mean_power() -> None:
+    """An attempt that died as soon as its phase began must not cost the whole run its energy."""
+    record = clean_record()
+    whole = figure(record, "energy_accuracy")
+    again = with_phase(record, "accuracy", 1030.52, 1030.56)
+    assert figure(again, "energy_accuracy").value == pytest.approx(whole.value * 20.04 / 20)
+    assert "99.8% covered" in figure(again, "energy_accuracy").source
+    assert reasons(again) == ()
+    for name in ("idle", "latency"):
+        assert reasons(with_phase(record, name, 1030.52, 1030.56)) == ()
+    # A meter that is read once in two seconds: 3 s are no more short than long for it, and too much of 23 s to be guessed.
+    column = meter("package-0", 10)
+    slow = [value if tick % 20 == 0 else None for tick, value in enumerate(column[1])]
+    trace = with_columns(
+        make_trace(), (column[0], slow), share("contention.other_cpu"), share("contention.steal"), keep=False
+    )
+    assert "was read 1 times" in reason(
+        with_phase(clean_record(trace=trace), "accuracy", 1024.5, 1027.5), "energy_accuracy"
+    )
+
+
+def test_a_latency_phase_that_was_repeated_counts_once() -> None:
+    """The energy's windows are those whose samples are in the record."""
+    record = clean_record()
+    whole = figure(record, "energy_latency").value
+    again = with_phase(record, "latency", 1030.1, 1030.9)
+    assert figure(again, "energy_latency").value == whole
+    assert figure(again, "energy_latency_net").value == figure(record, "energy_latency_net").value
+
+
 def test_items_outside_the_recorded_windows_have_no_energy() -> None:
     record = resumed(end_of_first_s=1015.0)  # items 5 to 9 ended at 1015.5 s and later
     assert reason(record, "energy_accuracy").startswith("5 of 20 items were answered outside")
