@@ -3,7 +3,8 @@
 Owns: the bounds of each setting, and the folder that the first boot installs from. Not aware of images or of how a system starts it: that
 is card_formats'. What is in the folder is taken away once it is installed (deploy/first_boot.sh); what is secret lies there until then.
 
-    joulemark/    first_boot.sh   install.sh   install.options (a word a line)   joulemark-first-boot.service   release.tar.gz   enrol.key
+    joulemark/    first_boot.sh   settings.sh   install.sh   install.options (a word a line)   joulemark-first-boot.service   release.tar.gz
+                  enrol.key
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from joulemark_deploy.files import deploy_file
 FOLDER = "joulemark"
 UNIT = "joulemark-first-boot.service"
 SCRIPT = "first_boot.sh"
+SETTINGS = "settings.sh"
 KEY_FILE = "enrol.key"
 RELEASE = "release.tar.gz"
 GROUPS = ("adm", "audio", "dialout", "gpio", "i2c", "netdev", "plugdev", "render", "spi", "sudo", "users", "video")
@@ -34,7 +36,6 @@ _SSH_KEY = re.compile(
 )
 _COUNTRY = re.compile(r"[A-Z]{2}", re.ASCII)
 _PSK = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_PLACEHOLDER = "@FOLDER@"
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,15 @@ class Card:
             found += ["--listen", self.listen]
         return found
 
-    def files(self, folder: str, release: Path) -> Mapping[str, bytes | Path]:
-        """What lies in the folder, which is at this path on the running board. The script is last: without it nothing is begun."""
-        unit = deploy_file(UNIT).read_text("utf-8").replace(_PLACEHOLDER, folder)
+    def files(self, folder: str, release: Path, settings: str, after: str) -> Mapping[str, bytes | Path]:
+        """What lies in the folder, which is at this path on the running board. `settings` are run as root before the agent is installed,
+        and again after a power cut; `after` is the unit whose work that waits for, if any. The script is last: nothing begins before."""
+        unit = deploy_file(UNIT).read_text("utf-8").replace("@FOLDER@", folder).replace("@AFTER@", after)
         files: dict[str, bytes | Path] = {
             RELEASE: release,
             "install.sh": deploy_file("install.sh"),
             "install.options": "".join(f"{word}\n" for word in self.options(folder)).encode(),
+            SETTINGS: settings.encode(),
             UNIT: unit.encode(),
         }
         if self.enrolment_key is not None:

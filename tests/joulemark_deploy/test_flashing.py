@@ -74,13 +74,24 @@ def test_cloud_init_finds_its_seed(tmp_path: Path) -> None:
     words = card_images.read(boot, "cmdline.txt").decode().split()
     assert words[: len(card_images.COMMAND_LINE.split())] == card_images.COMMAND_LINE.split()
     seed = json.loads(card_images.read(boot, "meta-data"))
-    assert words[-2:] == ["cgroup_enable=memory", f"ds=nocloud;i={seed['instance-id']}"]
+    assert words[-3:] == ["cgroup_enable=memory", f"ds=nocloud;i={seed['instance-id']}", "cfg80211.ieee80211_regdom=DE"]
     first, _, rest = card_images.read(boot, "user-data").decode().partition("\n")
     user_data = json.loads(rest)
     assert first == "#cloud-config"
     assert user_data["hostname"] == "bench-7" and user_data["enable_ssh"] is True and user_data["ssh_pwauth"] is False
     assert user_data["users"][0]["name"] == "anna" and user_data["users"][0]["ssh_authorized_keys"] == [KEY]
-    assert "/boot/firmware/joulemark/joulemark-first-boot.service" in user_data["bootcmd"][0][2]
+    begin = user_data["bootcmd"][0][2]
+    subprocess.run(["sh", "-n"], input=begin, text=True, check=True)
+    assert "/boot/firmware/joulemark/joulemark-first-boot.service" in begin
+    # Nobody sits there to say a user's name.
+    assert begin.index("ln -sf /dev/null /run/systemd/system/userconfig.service") < begin.index("daemon-reload")
+    settings = card_images.read(boot, "joulemark/settings.sh").decode()
+    subprocess.run(["sh", "-n"], input=settings, text=True, check=True)
+    assert "disable --quiet userconfig.service" in settings and "rfkill unblock wifi" in settings
+    assert (
+        card_images.read(boot, "ssh") == b""
+        and "/ssh" in card_images.read(boot, "joulemark/cloud-init").decode().splitlines()
+    )
     network = json.loads(card_images.read(boot, "network-config"))["network"]
     # The key of IEEE 802.11i: `wpa_passphrase` gives the same for this name and this password.
     derived = hashlib.pbkdf2_hmac("sha1", b"correct horse", HOSTILE_NETWORK.encode(), 4096, 32).hex()
@@ -94,6 +105,7 @@ def test_cloud_init_finds_its_seed(tmp_path: Path) -> None:
     assert card_images.read(boot, "joulemark/enrol.key").decode().strip() == ENROLMENT_KEY
     unit = card_images.read(boot, "joulemark/joulemark-first-boot.service").decode()
     assert "ExecStart=/bin/sh /boot/firmware/joulemark/first_boot.sh" in unit and "@" not in unit
+    assert "\nAfter=cloud-final.service\n" in unit
     root = card_images.root_of(out).cut_out(tmp_path)
     card_images.check_root(root)
     assert card_images.read(root, "etc/cloud/cloud.cfg") == b"users: []\n"
@@ -167,6 +179,8 @@ def test_a_jetson_starts_our_service_and_not_the_questions(tmp_path: Path) -> No
     assert card_images.read(root, "etc/systemd/system/default.target") == b"/lib/systemd/system/multi-user.target"
     link = "etc/systemd/system/multi-user.target.wants/joulemark-first-boot.service"
     assert card_images.read(root, link) == b"../joulemark-first-boot.service"
+    # Nothing of cloud-init's: where there is one, its end waits for what waits for this unit.
+    assert "\nAfter=\n" in card_images.read(root, "etc/systemd/system/joulemark-first-boot.service").decode()
     assert (
         f"/bin/sh /{folder}/first_boot.sh"
         in card_images.read(root, "etc/systemd/system/joulemark-first-boot.service").decode()
@@ -183,6 +197,9 @@ def test_a_jetson_starts_our_service_and_not_the_questions(tmp_path: Path) -> No
     )
     settings = card_images.read(root, f"{folder}/settings.sh").decode()
     assert shlex.quote(KEY) in settings
+    assert settings.startswith("if [ -x /usr/lib/nvidia/resizefs/nvresizefs.sh ]"), (
+        "the questions would have grown the partition"
+    )
     subprocess.run(["sh", "-n"], input=settings, text=True, check=True)
     # An image whose questions were answered needs nobody's consent, and keeps its target.
     shutil.rmtree(tmp_path / "jetson.img-root")
@@ -193,13 +210,29 @@ def test_a_jetson_starts_our_service_and_not_the_questions(tmp_path: Path) -> No
     assert card_images.read(root, "etc/systemd/system/default.target") == b"/lib/systemd/system/graphical.target"
 
 
+def test_a_jetson_whose_first_start_is_not_known_is_refused(tmp_path: Path) -> None:
+    """JetPack 7 has cloud-init."""
+    with pytest.raises(BadInput, match="Jetson Linux 38, whose first start is not known") as refused:
+        flashed(
+            card_images.jetson(tmp_path, release=38),
+            card(licence_accepted=True),
+            card_images.pretended_release(tmp_path),
+        )
+    assert "joulemark install" in refused.value.hint
+    shutil.rmtree(tmp_path / "jetson.img-root")
+    assert flashed(
+        card_images.jetson(tmp_path, release=36), card(licence_accepted=True), card_images.pretended_release(tmp_path)
+    )[0].startswith("Jetson")
+
+
 def test_without_key_network_or_host_there_is_none_on_the_card(tmp_path: Path) -> None:
     bare = card(ssh_keys=(), wifi=None, host_url=None, enrolment_key=None)
     release = card_images.pretended_release(tmp_path)
     _, out = flashed(card_images.raspberry_pi(tmp_path, card_images.CLOUD_INIT), bare, release)
     boot = card_images.boot_of(out).cut_out(tmp_path)
     user_data = json.loads(card_images.read(boot, "user-data").decode().partition("\n")[2])
-    assert "users" not in user_data and "enable_ssh" not in user_data
+    assert "users" not in user_data and "enable_ssh" not in user_data and "ssh" not in card_images.listing(boot)
+    assert "rfkill" not in card_images.read(boot, "joulemark/settings.sh").decode()
     assert "wifis" not in json.loads(card_images.read(boot, "network-config"))["network"]
     assert "joulemark/enrol.key" not in card_images.listing(boot)
     assert "--host-url" not in card_images.read(boot, "joulemark/install.options").decode()

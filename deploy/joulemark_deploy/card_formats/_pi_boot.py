@@ -38,9 +38,9 @@ def add_to_command_line(boot: FatFiles, *words: str) -> None:
     boot.write(COMMAND_LINE, (" ".join([" ".join(text.split("\n")), *wanted]) + "\n").encode())
 
 
-def put_folder(boot: FatFiles, root: ExtFiles, card: Card, release: Path) -> str:
-    """The folder of the first boot; gives its path on the running board."""
+def put_folder(boot: FatFiles, root: ExtFiles, card: Card, release: Path, settings: str = "", after: str = "") -> str:
+    """The folder of the first boot (`Card.files`); gives its path on the running board."""
     folder = f"{mount_point(root)}/{FOLDER}"
-    for name, content in card.files(folder, release).items():
+    for name, content in card.files(folder, release, settings, after).items():
         boot.write(f"/{FOLDER}/{name}", content)
     return folder

@@ -1,4 +1,4 @@
-"""Raspberry Pi OS bookworm, and trixie's first release: a script on the boot partition that systemd runs once instead of the usual boot.
+"""Raspberry Pi OS bookworm: a script on the boot partition that systemd runs once instead of the usual boot.
 
 Truth: raspberrypi-sys-mods (imager_custom, the fix-up for /boot/firstrun.sh, which is not needed for a path that is right) and userconf-pi.
 The first start of such an image grows the root partition and restarts; then comes this script, which restarts too. `custom.toml`, the
