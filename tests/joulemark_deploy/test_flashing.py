@@ -220,6 +220,7 @@ def test_a_jetson_whose_first_start_is_not_known_is_refused(tmp_path: Path) -> N
         )
     assert "joulemark install" in refused.value.hint
     shutil.rmtree(tmp_path / "jetson.img-root")
+    (tmp_path / "jetson.img").unlink()
     assert flashed(
         card_images.jetson(tmp_path, release=36), card(licence_accepted=True), card_images.pretended_release(tmp_path)
     )[0].startswith("Jetson")
