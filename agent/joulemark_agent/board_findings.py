@@ -134,7 +134,9 @@ def _pi_supply(roots: Roots) -> Iterator[Finding]:
     bits = plugins.load(_SENSORS, "pi_throttling").flags_now(roots)
     if isinstance(bits, Unreadable):
         return
-    if bits & 1:
+    if not plugins.load(_SENSORS, "pi_throttling").voltage_is_watched(roots):
+        yield Finding("supply", "unknown", "this Raspberry Pi has no detector of low voltage", _SUPPLY_FIX)
+    elif bits & 1:
         yield Finding("supply", "problem", "the supply's voltage is too low now", _SUPPLY_FIX)
     elif bits & 1 << 16:
         yield Finding("supply", "warning", "the supply's voltage was too low since the boot", _SUPPLY_FIX)

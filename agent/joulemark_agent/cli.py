@@ -209,7 +209,11 @@ def evaluate(
         str | None, typer.Option(help="A Jetson's power mode while the run lasts, by name or number; then as before.")
     ] = None,
     fix_clocks: Annotated[
-        bool, typer.Option("--fix-clocks", help="Every clock at its upper limit while the run lasts; then as before.")
+        bool,
+        typer.Option(
+            "--fix-clocks",
+            help="Processor and graphics clocks at their upper limits while the run lasts; then as before.",
+        ),
     ] = False,
     anyway: Annotated[bool, typer.Option("--anyway", help="Begin also while the supply's voltage is too low.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print summaries as JSON instead of a table.")] = False,

@@ -176,7 +176,12 @@ def _pressure(roots: Roots) -> Iterator[Finding]:
     if isinstance(text, str):
         yield Finding("pressure stall information", "ok", "the kernel counts waiting for processor, memory and disk")
     else:
-        yield Finding("pressure stall information", "warning", str(text), "add psi=1 to the kernel's command line")
+        yield Finding(
+            "pressure stall information",
+            "warning",
+            str(text),
+            "Linux has it since 4.20: add psi=1 to the kernel's command line",
+        )
 
 
 # --- clock and disk ---------------------------------------------------------------------------------------------------

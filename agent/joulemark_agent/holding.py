@@ -5,7 +5,8 @@ force is read by tuning.py; this module only writes. Needs root, or what deploy/
 ask for a power mode.
 
 The kernel's files: cpufreq's scaling_governor and scaling_min_freq, devfreq's min_freq. A clock is fixed by raising its lower limit to the
-upper one, as jetson_clocks does. The power mode goes through NVIDIA's nvpmodel; one that needs a restart is refused and put back.
+upper one, as jetson_clocks does; a Jetson's memory clock, which that sets through debugfs, stays the power mode's and moves. The power mode
+goes through NVIDIA's nvpmodel; one that needs a restart is refused and put back.
 """
 
 from __future__ import annotations

@@ -42,7 +42,11 @@ PowerModeOption = Annotated[
     str | None, typer.Option(help="A Jetson's power mode while the run lasts, by name or number; then as before.")
 ]
 FixClocksOption = Annotated[
-    bool, typer.Option("--fix-clocks", help="Every clock at its upper limit while the run lasts; then as before.")
+    bool,
+    typer.Option(
+        "--fix-clocks",
+        help="Processor and graphics clocks at their upper limits while the run lasts; then as before.",
+    ),
 ]
 AnywayOption = Annotated[
     bool, typer.Option("--anyway", help="Begin also on a board whose supply's voltage is too low (then INVALID).")

@@ -12,7 +12,7 @@ import pytest
 from joulemark import plugins
 from joulemark.errors import BadInput
 from joulemark.wire import Absent, Channel
-from joulemark_agent import machine, tuning
+from joulemark_agent import board_findings, machine, tuning
 from joulemark_agent.profiles import DeviceProfile, load_profiles, match
 from joulemark_agent.sampling import open_sensors
 from joulemark_agent.sensors import (
@@ -21,6 +21,7 @@ from joulemark_agent.sensors import (
     Options,
     Sensor,
     SensorUse,
+    cpu,
     devfreq,
     hwmon,
     ina3221,
@@ -369,6 +370,27 @@ def test_pi_flags_that_cannot_be_asked(tmp_path: Path) -> None:
     trees.answer(roots, "vcgencmd", "echo throttled=0x")
     with pytest.raises(NotPresent, match="throttled=0x"):
         pi_throttling.probe(roots, Options())
+
+
+def test_a_board_that_does_not_look_at_its_supply_says_so(tmp_path: Path) -> None:
+    """The Zero range: "never too low" would be no news of its supply."""
+    roots = board("raspberry-pi-zero-2-w-bookworm", tmp_path)
+    trees.answer(roots, "vcgencmd", "echo throttled=0x50005")
+    sensor = pi_throttling.probe(roots, Options())
+    assert [channel.name for channel in sensor.channels] == [
+        "throttle.arm_capped", "throttle.throttled", "throttle.soft_temperature",
+    ]  # fmt: skip
+    deadline = time.monotonic() + 10
+    while (read := readings(sensor))["throttle.throttled"] is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert read == {"throttle.arm_capped": 0.0, "throttle.throttled": 1.0, "throttle.soft_temperature": 0.0}
+    sensor.close()
+    with pytest.raises(NotPresent, match="no detector"):
+        undervoltage.probe(roots, Options())
+    found = [finding for finding in board_findings.supply(roots) if finding.area == "supply"]
+    assert [finding.status for finding in found] == ["unknown"]
+    assert "as the kernel asked for it" in cpu.probe(roots, Options()).channels[0].source
 
 
 def test_undervoltage_of_the_kernel(tmp_path: Path) -> None:

@@ -118,7 +118,9 @@ class _Contention:
         path = roots.proc / "pressure" / name
         text = read_text(path)
         if isinstance(text, Unreadable):
-            self._missing[f"contention.psi_{name}"] = f"no pressure stall information: {text}; boot with psi=1"
+            self._missing[f"contention.psi_{name}"] = (
+                f"no pressure stall information: {text}; Linux has it since 4.20, with psi=1"
+            )
         else:
             self._pressures.append(KeptFile(path))
             self._before.append(None)

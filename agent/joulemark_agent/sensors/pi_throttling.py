@@ -9,7 +9,8 @@ once when its "since the boot" bit appears: something happened between two readi
     bit 2/18  throttle.throttled          the processor is slowed down
     bit 3/19  throttle.soft_temperature   the soft temperature limit is reached (Pi 3 B+ at 60 °C)
 
-Truth: raspberrypi/documentation, `vcgencmd get_throttled`. Where the program fails it says `error=1 …` with exit status 0.
+A board without a detector of its supply's voltage has no throttle.undervoltage. Truth: raspberrypi/documentation, `vcgencmd
+get_throttled`. Where the program fails it says `error=1 …` with exit status 0.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from joulemark.wire import Channel
 from joulemark_agent.programs import ask
 from joulemark_agent.sensors import NotPresent, Options, Sensor, Values
 from joulemark_agent.sensors._polling import PolledSensor
+from joulemark_agent.sensors._raspberry_pi import has_voltage_detector
 from joulemark_agent.sysfs import Roots, Unreadable
 
 _COMMAND = ("vcgencmd", "get_throttled")
@@ -44,6 +46,11 @@ def raised(bits: int, before: int) -> tuple[bool, ...]:
     return tuple(bool((bits | risen >> 16) & 1 << bit) for bit in range(len(_NAMES)))
 
 
+def voltage_is_watched(roots: Roots) -> bool:
+    """Whether bits 0 and 16 say anything on this board."""
+    return has_voltage_detector(roots)
+
+
 _CHANNELS = tuple(
     Channel(
         name=f"throttle.{name}",
@@ -56,25 +63,29 @@ _CHANNELS = tuple(
 
 
 class _Flags:
-    def __init__(self, roots: Roots, before: int) -> None:
+    """Those from the bit `first` on."""
+
+    def __init__(self, roots: Roots, before: int, first: int) -> None:
         self._roots = roots
         self._before = before
+        self._first = first
 
     def values(self) -> Values | Unreadable:
-        """The four flags now."""
+        """The flags now."""
         bits = flags_now(self._roots)
         if isinstance(bits, Unreadable):
             return bits
         flags, self._before = raised(bits, self._before), bits
-        return tuple(float(flag) for flag in flags)
+        return tuple(float(flag) for flag in flags[self._first :])
 
 
 def probe(roots: Roots, options: Options) -> Sensor:
-    """The four flags. Raises NotPresent where the firmware cannot be asked."""
+    """The flags. Raises NotPresent where the firmware cannot be asked."""
     bits = flags_now(roots)
     if isinstance(bits, Unreadable):
         hint = (
             "" if bits.reason == "not there" else "let the agent's user into the group of /dev/vcio: usermod -aG video"
         )
         raise NotPresent(f"the Raspberry Pi's firmware cannot be asked: {bits}", hint)
-    return PolledSensor(_CHANNELS, _Flags(roots, bits).values, _INTERVAL_S, options.clock)
+    first = 0 if voltage_is_watched(roots) else 1
+    return PolledSensor(_CHANNELS[first:], _Flags(roots, bits, first).values, _INTERVAL_S, options.clock)

@@ -1,13 +1,14 @@
 """Low supply voltage of a Raspberry Pi as the kernel's `rpi_volt` driver sees it, without starting a program.
 
-Owns: throttle.low_voltage, 1 while `in0_lcrit_alarm` is up. The driver asks the firmware every two seconds, so that shorter drops show in
-sensor pi_throttling alone. Truth: Documentation/hwmon/raspberrypi-hwmon.rst.
+Owns: throttle.low_voltage, 1 while `in0_lcrit_alarm` is up: the driver asks the firmware every two seconds whether the voltage was too low
+since it asked before, so that a drop shows up to two seconds late. Truth: Documentation/hwmon/raspberrypi-hwmon.rst and the driver.
 """
 
 from __future__ import annotations
 
 from joulemark.wire import Channel
 from joulemark_agent.sensors import NotPresent, Options, Pace, Sensor, Values
+from joulemark_agent.sensors._raspberry_pi import has_voltage_detector
 from joulemark_agent.sysfs import KeptFile, Roots, hwmon_devices
 
 _INTERVAL_S = 0.5
@@ -34,7 +35,9 @@ class _Undervoltage:
 
 
 def probe(roots: Roots, options: Options) -> Sensor:
-    """The alarm. Raises NotPresent without the driver."""
+    """The alarm. Raises NotPresent without the driver, or where nothing looks at the voltage."""
+    if not has_voltage_detector(roots):
+        raise NotPresent("this Raspberry Pi has no detector of low voltage", "attach a meter to see its supply")
     for device in hwmon_devices(roots, "rpi_volt"):
         if (device / "in0_lcrit_alarm").exists():
             return _Undervoltage(KeptFile(device / "in0_lcrit_alarm"), options)
