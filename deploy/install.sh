@@ -281,10 +281,11 @@ try_engine() {
         || fail "the engine cannot be loaded" "the lines above say why"
 }
 
-# Ubuntu 18.04, which a Jetson with JetPack 4 runs, has 237. @system-service came with 239.
+# Ubuntu 18.04, which a Jetson with JetPack 4 runs, has 237. @system-service came with 239, and clone3, with which a release's C library
+# makes threads, is in it since 244.
 is_old_systemd() {
     version=$(systemctl --version 2>/dev/null | sed -n '1s/^systemd \([0-9]\{1,5\}\).*/\1/p')
-    [ "${version:-239}" -lt 239 ]
+    [ "${version:-244}" -lt 244 ]
 }
 
 forget_unit() {
@@ -308,7 +309,7 @@ use_release() {
         fi
     done
     if is_old_systemd; then
-        # It does not know this group of system calls, ignores it, and then forbids all that the group has.
+        # It does not know this group of system calls, or not all that is in it now, and forbids what it does not know.
         run sed -i '/^SystemCallFilter=/d; /^SystemCallErrorNumber=/d' "$units/joulemark-agent.service"
     fi
     run install -D -m 0644 "$1/99-joulemark.rules" "$rule"

@@ -82,11 +82,10 @@ def plan(roots: Roots) -> Plan | Absent:
         cpus = machine.usable_cpus(roots)[: machine.usable_cores(roots)]
     except NotFound as error:
         return Absent(reason=error.message)
-    available = machine.memory_field_bytes(roots, "MemAvailable")
+    available = machine.available_bytes(roots)
     if not cpus or available is None:
         return Absent(reason="the usable processors or the available memory are not known")
-    limit = machine.memory_limit_bytes(roots)
-    most = min(available, limit or available) // _AVAILABLE_SHARE
+    most = available // _AVAILABLE_SHARE
     cache = last_level_cache_bytes(roots, cpus)
     wanted = max(_CACHE_MULTIPLE * (cache or 0), _LEAST_BYTES)
     if most < wanted and (cache is None or most < _CACHE_MULTIPLE * cache):

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 from joulemark.errors import Conflict, EngineFailed
 from joulemark.wire import Manifest
-from joulemark_agent.fitting import cache_budget, choose_backend
+from joulemark_agent.fitting import cache_budget, choose_backend, misfit
 from joulemark_agent.jobs import Library, Machine
-from joulemark_agent.machine import memory_field_bytes, usable_cores
+from joulemark_agent.machine import available_bytes, usable_cores
 from joulemark_agent.messages import Beat, Completed, CompletionJob, Failed, Loaded, Message, Piece, ServeJob
 from joulemark_agent.worker import Worker, WorkerStalled
 
@@ -87,6 +87,8 @@ class Completions:
             return self._worker
         self.unload()
         manifest = self._library.manifest(artifact_id)
+        if problem := misfit(available_bytes(self._machine.roots), manifest):
+            raise Conflict(problem.message, problem.hint)
         worker = Worker(self._job(artifact_id, manifest))
         self._worker, self._artifact_id = worker, artifact_id
         while True:
@@ -97,7 +99,7 @@ class Completions:
                 raise EngineFailed(message.problem.message, message.problem.hint, message.problem.code)
 
     def _job(self, artifact_id: str, manifest: Manifest) -> ServeJob:
-        available = memory_field_bytes(self._machine.roots, "MemAvailable")
+        available = available_bytes(self._machine.roots)
         return ServeJob(
             manifest=manifest,
             backend=choose_backend(self._machine.profile.backends, manifest.format),

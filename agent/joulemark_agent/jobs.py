@@ -24,7 +24,7 @@ from joulemark_agent import holding, readiness, reporting
 from joulemark_agent.fitting import cache_budget, choose_backend, misfit
 from joulemark_agent.giving_up import WORKER_HUNG, lost, why_no_more
 from joulemark_agent.journal import Journal
-from joulemark_agent.machine import boot_id, memory_field_bytes, usable_cores
+from joulemark_agent.machine import available_bytes, boot_id, usable_cores
 from joulemark_agent.messages import (
     Beat,
     EvaluateJob,
@@ -274,7 +274,7 @@ class Jobs:
         hopeless = why_no_more(attempts, lambda n: self._journal.item_count(spec.run_id, n), self._now().boot_id)
         if hopeless is not None:
             return _Ended(hopeless)
-        available = memory_field_bytes(self._machine.roots, "MemAvailable")
+        available = available_bytes(self._machine.roots)
         problem = misfit(available, self._library.manifest(spec.artifact_id))
         if problem is None and not spec.anyway:
             problem = readiness.low_voltage(self._machine.profile, self._machine.roots)
@@ -310,7 +310,7 @@ class Jobs:
 
     def _job(self, spec: RunSpec) -> EvaluateJob:
         manifest = self._library.manifest(spec.artifact_id)
-        available = memory_field_bytes(self._machine.roots, "MemAvailable")
+        available = available_bytes(self._machine.roots)
         boot = self._now().boot_id
         here = [attempt for attempt in self._journal.attempts(spec.run_id) if attempt.clock.boot_id == boot]
         return EvaluateJob(

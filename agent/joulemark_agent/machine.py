@@ -149,6 +149,14 @@ def memory_limit_bytes(roots: Roots) -> int | None:
     return min((int(limit) for limit in limits if 0 < limit < total), default=None)
 
 
+def available_bytes(roots: Roots) -> int | None:
+    """What this process may take: what the machine has available, and no more than a cgroup's limit. None when the kernel does not say."""
+    available = memory_field_bytes(roots, "MemAvailable")
+    if available is None:
+        return None
+    return min(available, memory_limit_bytes(roots) or available)
+
+
 def _cgroup_folders(roots: Roots, controller: str) -> list[Path]:
     """The process's folder and those above it in the hierarchy of `controller` ("" is version 2)."""
     base = roots.sys / "fs" / "cgroup"

@@ -12,6 +12,9 @@ from joulemark_agent.backends import Choice, Session
 from joulemark_agent.decoding import TextBuffer
 from joulemark_agent.messages import Completed, CompletionJob, Failed, Message, Piece
 
+UNASKED_TOKENS = 1024
+"""An engine takes the memory for all that an answer may become at once: for a context of 131,072 tokens gigabytes."""
+
 
 def answer(session: Session, job: CompletionJob, emit: Callable[[Message], None]) -> None:
     """Serve one completion; a request that cannot be served is answered with Failed, and the session goes on."""
@@ -24,9 +27,9 @@ def answer(session: Session, job: CompletionJob, emit: Callable[[Message], None]
 
 
 def complete(session: Session, prompt: str, job: CompletionJob) -> Iterator[Message]:
-    """Pieces as they become safe to show, then Completed. Without a limit the rest of the context is used."""
+    """Pieces as they become safe to show, then Completed. Without a limit UNASKED_TOKENS are, or what the context still holds."""
     prompt_tokens = session.count_tokens(prompt)
-    limit = job.max_new_tokens or max(1, session.facts().context_tokens - prompt_tokens)
+    limit = job.max_new_tokens or max(1, min(UNASKED_TOKENS, session.facts().context_tokens - prompt_tokens))
     buffer = TextBuffer(job.stop)
     choice = Choice(job.temperature, job.top_p, job.seed, job.logprobs, job.top_logprobs)
     count, finish = 0, "length"

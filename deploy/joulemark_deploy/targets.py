@@ -38,10 +38,14 @@ class Target:
     pythons: tuple[str, ...]
 
 
-_FPHP, _ASIMDHP, _ASIMDDP = 1 << 9, 1 << 10, 1 << 20
+_ATOMICS, _FPHP, _ASIMDHP, _LRCPC, _ASIMDDP = 1 << 8, 1 << 9, 1 << 10, 1 << 15, 1 << 20
 ARMV8 = InstructionSet("armv8.0", None, frozenset(), 0, "cortex-a72")
 DOTPROD = InstructionSet(
-    "armv8.2-dotprod", "cortex_a76", frozenset({"dotprod", "fp16"}), _FPHP | _ASIMDHP | _ASIMDDP, "cortex-a76"
+    "armv8.2-dotprod",
+    "cortex_a76",
+    frozenset({"dotprod", "fp16"}),
+    _ATOMICS | _FPHP | _ASIMDHP | _LRCPC | _ASIMDDP,
+    "cortex-a76",
 )
 INSTRUCTION_SETS = {found.name: found for found in (ARMV8, DOTPROD)}
 

@@ -52,7 +52,11 @@ def write_tokenizer(task: Task, folder: Path) -> tuple[Path, ...]:
 
     tokenizer: Any = AutoTokenizer.from_pretrained(task.model.folder, trust_remote_code=False)
     files = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    files[0].write_text(tokenizer.backend_tokenizer.to_str())
+    backend: Any = tokenizer.backend_tokenizer
+    # What whoever trained the model cut and filled its texts to is no property of the model.
+    backend.no_truncation()
+    backend.no_padding()
+    files[0].write_text(backend.to_str())
     settings = {
         "bos_token": tokenizer.bos_token,
         "eos_token": tokenizer.eos_token,

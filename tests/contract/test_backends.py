@@ -115,8 +115,10 @@ def test_branching_equals_whole_sequences(session: Session) -> None:
         assert ours.greedy == theirs.greedy
 
 
-def test_small_batches_give_the_same(kind: Kind, model: Path, session: Session) -> None:
-    narrow = session_of(kind, model, batch_tokens=32)
+@pytest.mark.parametrize("options", [{"batch_tokens": 32}, {"memory_bytes": 1}])
+def test_small_batches_give_the_same(options: dict[str, int], kind: Kind, model: Path, session: Session) -> None:
+    """Also those of a board whose memory holds no more logits."""
+    narrow = session_of(kind, model, **options)
     try:
         for ours, theirs in zip(by_key(narrow.score(QUESTIONS)), by_key(session.score(QUESTIONS)), strict=True):
             assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-3)

@@ -15,6 +15,9 @@ from joulemark_exporter.writers import gguf
 from tests.fixtures import exporting, hub_models
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed: make install-test")
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
 from joulemark_agent.backends import llamacpp
 from joulemark_agent.backends._llama_engine import Model
 from joulemark_agent.backends._onnx_tokenizer import OnnxTokenizer
@@ -60,6 +63,27 @@ def test_tokens_and_their_bytes_are_llama_cpp_s(sentencepiece: bool, begins: boo
     assert ours.is_end(1) and not ours.is_end(2)
     assert ours.chat_template == theirs.metadata("tokenizer.chat_template")
     assert ours.special_text() == theirs.special_text()
+
+
+@pytest.mark.parametrize("who", ["exporter", "board"])
+def test_a_text_is_neither_cut_nor_filled_to_what_the_training_had(who: str, tmp_path: Path) -> None:
+    """A tokenizer that was saved after training cuts its texts, as transformers does when it is asked to; lm-eval does not ask."""
+    hub_models.write(tmp_path / "base", "llama")
+    hub_models.write_tokenizer(tmp_path / "base")
+    trained = Tokenizer.from_file(str(tmp_path / "base" / "tokenizer.json"))
+    trained.enable_truncation(8)
+    trained.enable_padding(length=12)
+    trained.save(str(tmp_path / "base" / "tokenizer.json"))
+    folder = tmp_path / "base"
+    if who == "exporter":
+        folder = tmp_path / "out"
+        folder.mkdir()
+        onnx_artifact.write_tokenizer(exporting.task(tmp_path / "base", tmp_path), folder)
+        written = json.loads((folder / "tokenizer.json").read_bytes())
+        assert written["truncation"] is None and written["padding"] is None
+    ours, theirs = OnnxTokenizer(folder, []), AutoTokenizer.from_pretrained(tmp_path / "base")
+    for text in ("a", "def f(x): return x + 1 and then some more of it, until it is long"):
+        assert ours.tokenize(text) == theirs(text, add_special_tokens=True)["input_ids"], text
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,11 @@ def test_cgroup_version_1_quota_and_memory_limit(tmp_path: Path) -> None:
     assert machine.cpu_quota(roots) == 1.5
     assert machine.memory_limit_bytes(roots) == 536870912
     assert machine.memory_limit_bytes(plant(tmp_path / "free", BARE)) is None
+    # What a container may take is not what its machine has: a model that fits the one is killed by the other.
+    available = machine.memory_field_bytes(roots, "MemAvailable")
+    assert available is not None and available > 536870912 == machine.available_bytes(roots)
+    assert machine.available_bytes(plant(tmp_path / "bare", BARE)) == available
+    assert machine.available_bytes(plant(tmp_path / "silent", {})) is None
 
 
 def test_what_the_kernel_does_not_say(tmp_path: Path) -> None:

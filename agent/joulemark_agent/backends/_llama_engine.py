@@ -82,7 +82,7 @@ class Model:
         )
         # A float32 file is a reference model: halving its memory's precision would hide what a comparison looks for.
         self.full_precision = self.metadata("general.file_type") == "0"
-        self._adds_bos = bool(self.llama.llama_vocab_get_add_bos(self._vocabulary))
+        self.adds_bos = bool(self.llama.llama_vocab_get_add_bos(self._vocabulary))
         self._bos: int = self.llama.llama_vocab_bos(self._vocabulary)
         self._buffer = ctypes.create_string_buffer(256)
 
@@ -136,7 +136,7 @@ class Model:
                 "the model's tokenizer may be damaged: check its sha256",
             )
         body = list(tokens[:count])
-        return [self._bos, *body] if self._adds_bos else body
+        return [self._bos, *body] if self.adds_bos else body
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token; control tokens are empty."""

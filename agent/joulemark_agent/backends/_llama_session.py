@@ -24,6 +24,8 @@ from joulemark_agent.planning import Extend, Placed, Request, Retract, Step, com
 
 # Branches of one scoring batch. A batch of 512 tokens holds about ten ARC questions of four or five choices.
 SCORING_BRANCHES = 128
+_LOGITS_BYTES = 256 * 1024 * 1024
+_LEAST_ROWS = 32
 # The engine allocates its memory, and computes attention, in blocks of this many positions.
 CELL_BLOCK = 256
 # What a call costs beside its tokens, in tokens, and a multiply-add of attention (16-bit floats) in ones of the weights. A fit over 132
@@ -98,8 +100,14 @@ class LlamaSession:
         """See the contract."""
         return score(requests, self._model.tokenize, self._window, self._run_plan)
 
+    def _scoring_batch(self) -> int:
+        """Tokens of a scoring batch. The logits of each may be wanted, and are there twice: 2 MB a token with Gemma's vocabulary."""
+        budget = _LOGITS_BYTES if self._options.memory_bytes is None else min(self._options.memory_bytes, _LOGITS_BYTES)
+        rows = budget // (2 * 4 * self._model.vocabulary_size)
+        return min(self._options.batch_tokens, max(_LEAST_ROWS, rows))
+
     def _run_plan(self, flat: list[Request], owner: Sequence[Owner]) -> Iterator[int]:
-        batch = self._options.batch_tokens
+        batch = self._scoring_batch()
         longest = max(request.decoded for request in flat)
         if self._model.recurrent:
             context = self._need(longest, 1)
@@ -109,7 +117,7 @@ class LlamaSession:
                 yield index
             return
         # A step's branches never exceed a batch, the trunk never exceeds the longest request.
-        branches = min(SCORING_BRANCHES, self._most_sequences())
+        branches = min(SCORING_BRANCHES, batch - 1, self._most_sequences())
         context = self._need(longest + batch, branches + 1)
         for step in plan(flat, batch, branches, self._costs):
             yield from self._step(context, step, owner)
@@ -287,4 +295,4 @@ class LlamaSession:
     def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
         """The conversation as prompt text by the model's own template, rendered in jinja2's immutable sandbox."""
         template = self._model.metadata("tokenizer.chat_template")
-        return render_template(template, messages, self._model.special_text())
+        return render_template(template, messages, self._model.special_text(), self._model.adds_bos)

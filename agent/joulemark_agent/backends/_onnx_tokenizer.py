@@ -34,6 +34,9 @@ class OnnxTokenizer:
             self._tokenizer: Any = Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exceptions
             raise EngineFailed(f"{folder / TOKENIZER} cannot be used: {error}"[:600], _AGAIN) from error
+        # The file may say to what length its texts were cut and filled in training. A text is scored whole.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._ends = frozenset(ends)
         self._settings: dict[str, Any] = read_json(folder / SETTINGS)
         added: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
@@ -43,6 +46,11 @@ class OnnxTokenizer:
     def tokenize(self, text: str) -> list[int]:
         """See the contract of `_generation.Vocabulary`."""
         return list(self._tokenizer.encode(text).ids)
+
+    def adds_bos(self) -> bool:
+        """Whether texts begin with BOS without saying so."""
+        first = self._tokenizer.encode("").ids[:1]
+        return bool(first) and self._tokenizer.id_to_token(first[0]) == self._settings.get("bos_token")
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token; control tokens are empty, and so is what the tokenizer does not know (padding of the output matrix)."""

@@ -229,4 +229,5 @@ class OnnxSession:
 
     def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
         """The conversation as prompt text by the model's own template, rendered in jinja2's immutable sandbox."""
-        return render_template(self._tokenizer.chat_template, messages, self._tokenizer.special_text())
+        tokenizer = self._tokenizer
+        return render_template(tokenizer.chat_template, messages, tokenizer.special_text(), tokenizer.adds_bos())

@@ -39,7 +39,10 @@ class Engine:
                 f"onnxruntime refuses {path.name}: {error}"[:600], "the graph was not written as it reads it"
             ) from error
         self._folder = path.parent
-        self._tokenizer = Tokenizer.from_file(str(path.parent / "tokenizer.json"))
+        self._tokenizer: Any = Tokenizer.from_file(str(path.parent / "tokenizer.json"))
+        # As the board's engine does.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
 
     def tokenize(self, text: str) -> list[int]:
         """See the contract."""
