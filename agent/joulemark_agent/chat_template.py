@@ -11,6 +11,10 @@ from collections.abc import Mapping, Sequence
 from joulemark.errors import BadInput, MissingExtra
 
 
+def _strftime_now(pattern: str) -> str:
+    return time.strftime(pattern)
+
+
 def render_template(
     template: str | None, messages: Sequence[dict[str, str]], special: Mapping[str, str], adds_bos: bool
 ) -> str:
@@ -46,7 +50,7 @@ def render_template(
             messages=list(messages),
             add_generation_prompt=True,
             raise_exception=raise_exception,
-            strftime_now=lambda pattern: time.strftime(pattern),
+            strftime_now=_strftime_now,
             **special,
         )
         return prompt.removeprefix(special.get("bos_token", "")) if adds_bos else prompt

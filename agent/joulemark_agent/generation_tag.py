@@ -15,7 +15,7 @@ from jinja2.parser import Parser
 class GenerationTag(Extension):
     """See the module."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """The nodes between the tag and its end."""
