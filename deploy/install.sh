@@ -374,6 +374,8 @@ kept_options() {
 }
 
 install_options() {
+    # Of an installation that was interrupted.
+    run rm -f "$options.former"
     line=
     if [ -n "$host_url" ]; then line="$line --host-url $host_url"; fi
     if [ -n "$key_file" ]; then line="$line --enrol-key-file $data/enrol.key"; fi
