@@ -75,7 +75,8 @@ def flash(
 
 
 def number(board: arm64_machine.Machine, database: str, query: str) -> int:
-    """A number out of one of the agent's databases, read beside it; -1 when there is none yet."""
+    """A number out of one of the agent's databases, read beside it; -1 when there is none yet. Each question costs the emulated board three
+    seconds of a processor: whoever asks all the time slows down what he waits for."""
     program = "import sqlite3, sys; print(sqlite3.connect(f'file:{sys.argv[1]}?mode=ro', uri=True).execute(sys.argv[2]).fetchone()[0])"
     said = board.run(
         f"sudo python3 -c {shlex.quote(program)} {DATA}/{database} {shlex.quote(query)}", check=False

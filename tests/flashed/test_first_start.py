@@ -150,7 +150,7 @@ def test_the_section_has_these_lines() -> None:
 
 def test_it_reports_in_by_itself(board: Machine, desk: Desk) -> None:
     began = time.monotonic()
-    wait_until(lambda: NAME in desk.run(LINES["devices"]), 600, 2)
+    wait_until(lambda: NAME in desk.run(LINES["devices"]), 600, 5)
     print(f"in the fleet after {time.monotonic() - began:.0f} s")
     listed = desk.run(LINES["devices"])
     assert any(NAME in line and "approved" in line for line in listed.splitlines()), listed
@@ -213,7 +213,7 @@ def test_it_measures_while_its_clock_is_set_right(board: Machine, desk: Desk, re
     assert behind_s > 86_400, "its clock is right already: nothing is shown"
     running = desk.start(LINES["run"])
     wait_until(
-        lambda: number(board, "journal.sqlite", "SELECT count(*) FROM phases WHERE name = 'accuracy'") > 0, 900, 1
+        lambda: number(board, "journal.sqlite", "SELECT count(*) FROM phases WHERE name = 'accuracy'") > 0, 1200, 20
     )
     board.run(f"sudo date -s @{time.time():.0f}")
     assert running.wait(1500) == 0, (desk.folder / "run.log").read_text()
