@@ -55,7 +55,10 @@ def queue(host: HostProcess, subject: Subject, run_id: str, device: str = "board
 
 
 def status(host: HostProcess, run_id: str) -> str:
-    return host.dispatch.runs(run_ids=[run_id])[0].status
+    """Done only with its record: a report may say so before, and the record comes on a way of its own."""
+    said = host.dispatch.runs(run_ids=[run_id])[0].status
+    recorded = said != "done" or any(run.run_id == run_id for run in host.records.facts())
+    return said if recorded else "done, and not recorded yet"
 
 
 def test_pushed_by_name_and_run_by_name(host: HostProcess, board: AgentProcess, tmp_path: Path):
