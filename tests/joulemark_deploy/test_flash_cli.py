@@ -78,7 +78,7 @@ def test_a_file_and_what_to_do_next(place: Path) -> None:
     done = flash(place, "--out", "card.img", *HOST)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "✓ card.img: Raspberry Pi 4, 400, first boot by cloud-init (Raspberry Pi OS trixie, Ubuntu)",
+        "✓ card.img: Raspberry Pi 4, 400, first boot by cloud-init (Raspberry Pi OS trixie, Ubuntu 24.04)",
         "  put it into the board and switch it on; `joulemark devices` on the host shows it after its first start",
     ]
     boot = card_images.boot_of(place / "card.img").cut_out(place)
