@@ -131,10 +131,11 @@ def supply(roots: Roots) -> Iterator[Finding]:
 
 
 def _pi_supply(roots: Roots) -> Iterator[Finding]:
-    bits = plugins.load(_SENSORS, "pi_throttling").flags_now(roots)
+    firmware = plugins.load(_SENSORS, "pi_throttling")
+    bits = firmware.flags_now(roots)
     if isinstance(bits, Unreadable):
         return
-    if not plugins.load(_SENSORS, "pi_throttling").voltage_is_watched(roots):
+    if not firmware.has_voltage_detector(roots):
         yield Finding("supply", "unknown", "this Raspberry Pi has no detector of low voltage", _SUPPLY_FIX)
     elif bits & 1:
         yield Finding("supply", "problem", "the supply's voltage is too low now", _SUPPLY_FIX)

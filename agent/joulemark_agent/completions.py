@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from joulemark.errors import Conflict, EngineFailed
 from joulemark.wire import Manifest
 from joulemark_agent.fitting import cache_budget, choose_backend, misfit
-from joulemark_agent.jobs import Library, Machine
 from joulemark_agent.machine import available_bytes, usable_cores
 from joulemark_agent.messages import Beat, Completed, CompletionJob, Failed, Loaded, Message, Piece, ServeJob
 from joulemark_agent.worker import Worker, WorkerStalled
+from joulemark_agent.workplace import Library, Machine
 
 LOCK_WAIT_S = 5.0
 SILENCE_LIMIT_S = 120.0

@@ -13,9 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
+from dataclasses import dataclass
 
 from joulemark import packs
 from joulemark.errors import BadInput, DigestMismatch, JoulemarkError, NoSpace, NotFound, to_problem
@@ -38,13 +36,12 @@ from joulemark_agent.messages import (
     PhaseStarted,
 )
 from joulemark_agent.pins import steady_fan
-from joulemark_agent.profiles import DeviceProfile
 from joulemark_agent.reporting import FinalStatus
 from joulemark_agent.sampling import Row, Sampler, open_sensors
 from joulemark_agent.sensors import SensorUse
-from joulemark_agent.sysfs import Roots
 from joulemark_agent.verdict import Limits
 from joulemark_agent.worker import Worker, WorkerStalled
+from joulemark_agent.workplace import Library, Machine
 
 POLL_S = 0.5
 # A full or read-only disk is looked at again after so long.
@@ -52,40 +49,6 @@ DISK_PATIENCE_S = 10.0
 _DISK_REFUSES = (NoSpace.code, "not_permitted", "storage_failed")
 
 log = logging.getLogger(__name__)
-
-
-class Library(Protocol):
-    """Where the models and packs of runs come from: the agent's store, or the files of a single command."""
-
-    def manifest(self, artifact_id: str) -> Manifest:
-        """Raises NotFound."""
-        ...
-
-    def model_path(self, artifact_id: str) -> Path:
-        """The artifact's first file, with the others beside it under the manifest's names. Raises NotFound when one is not here."""
-        ...
-
-    def manifest_of(self, artifact_id: str) -> Manifest:
-        """The manifest also of an artifact that lost a file (a damaged one). Raises NotFound."""
-        ...
-
-    def pack_path(self, pack_id: str) -> Path:
-        """Raises NotFound."""
-        ...
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What runs need to know of the machine; `bandwidth` measures the memory's read bandwidth when called."""
-
-    profile: DeviceProfile
-    roots: Roots
-    facts: Callable[[Metric], DeviceFacts]
-    bandwidth: Callable[[], Metric]
-    replay: Path | None = None
-    note: Path | None = None
-    """Where it is written down how the machine was set before a run that wants it otherwise."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from joulemark import artifact, documents, packs, plugins
 from joulemark.errors import NotFound
 from joulemark.wire import DeviceFacts, Manifest, Metric, RunRecord, RunSpec, RunState, content_id
 from joulemark_agent import bandwidth
-from joulemark_agent.jobs import Jobs, Machine
+from joulemark_agent.jobs import Jobs
 from joulemark_agent.journal import Journal
 from joulemark_agent.profiles import device_facts, load_profiles, match, own_folder
 from joulemark_agent.sampling import open_sensors
 from joulemark_agent.sysfs import Roots
+from joulemark_agent.workplace import Machine
 
 POLL_S = 0.2
 

@@ -27,8 +27,8 @@ from joulemark.wire import (
 )
 from joulemark_agent.giving_up import WORKER_HUNG, unsaid
 from joulemark_agent.journal import Attempt, Journal
-from joulemark_agent.sampling import join, merge
 from joulemark_agent.summary import summarise
+from joulemark_agent.traces import join, merge
 from joulemark_agent.verdict import Limits
 
 FinalStatus = Literal["done", "failed", "cancelled", "interrupted"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,10 +199,8 @@ def test_the_time_between_attempts_is_not_the_runs(bench: Bench, monkeypatch: py
     """An agent that was off for longer than the run's limit goes on with the run."""
     monkeypatch.setenv("JOULEMARK_FAKE_FAULT", "slow:0.1")
     bench.jobs.submit(make_spec(bench.files, "paused", timeout_s=6.0))
-    wait_for_items(bench, "paused", 3)
-    bench.close()
-    time.sleep(6.0)
-    bench.open()
+    with stopped(bench, "paused", 3):
+        time.sleep(6.0)
     record = bench.wait("paused")
     assert record.status == "done" and complete(record), record.problem
 
@@ -232,15 +231,11 @@ def test_the_latency_phase_is_measured_again_after_a_reboot_and_only_then(
         bench.jobs.submit(
             make_spec(bench.files, run_id, limit=SIZE, latency=LatencyPlan(prompts=SIZE + 5, new_tokens=4))
         )
-        wait_for_items(bench, run_id, 3)
-        bench.close()
-        if booted:
-            with sqlite3.connect(bench.folder / "journal.sqlite") as database:
-                database.execute(
+        with stopped(bench, run_id, 3) as journal:
+            if booted:
+                journal.execute(
                     "UPDATE attempts SET clock = json_set(clock, '$.boot_id', 'another') WHERE run_id = ?", (run_id,)
                 )
-            database.close()
-        bench.open()
         record = bench.wait(run_id)
         assert record.status == "done" and record.attempts == 2, record.problem
         assert [phase.name for phase in record.phases].count("latency") == 1
@@ -254,15 +249,11 @@ def test_a_channel_that_changed_between_two_attempts_stops_neither_run_nor_queue
     """Somebody edits the profile while the agent is off: what was measured before is left out and said so."""
     monkeypatch.setenv("JOULEMARK_FAKE_FAULT", "slow:0.1")
     bench.jobs.submit(make_spec(bench.files, "edited"))
-    wait_for_items(bench, "edited", 3)
-    bench.close()
-    with sqlite3.connect(bench.folder / "journal.sqlite") as database:
-        (text,) = database.execute("SELECT trace FROM attempts WHERE run_id = 'edited'").fetchone()
+    with stopped(bench, "edited", 3) as journal:
+        (text,) = journal.execute("SELECT trace FROM attempts WHERE run_id = 'edited'").fetchone()
         changed = text.replace('"quantity":"memory"', '"quantity":"count"').replace('"unit":"By"', '"unit":"1"')
         assert changed != text
-        database.execute("UPDATE attempts SET trace = ? WHERE run_id = 'edited'", (changed,))
-    database.close()
-    bench.open()
+        journal.execute("UPDATE attempts SET trace = ? WHERE run_id = 'edited'", (changed,))
     record = bench.wait("edited")
     assert record.status == "done" and complete(record) and record.attempts == 2
     assert record.trace is not None
@@ -298,6 +289,16 @@ def worker_pid(bench: Bench) -> int:
     raise AssertionError("no worker was started")
 
 
+@contextlib.contextmanager
+def stopped(bench: Bench, run_id: str, items: int) -> Generator[sqlite3.Connection]:
+    """The agent stops in mid-run, after so many items, and starts again afterwards; meanwhile this is its journal."""
+    wait_for_items(bench, run_id, items)
+    bench.close()
+    with contextlib.closing(sqlite3.connect(bench.folder / "journal.sqlite")) as journal, journal:
+        yield journal
+    bench.open()
+
+
 def wait_for_items(bench: Bench, run_id: str, count: int) -> None:
     deadline = time.monotonic() + 30
     while bench.jobs.state(run_id).items_done < count:
@@ -330,12 +331,9 @@ def test_cancelling_a_running_and_a_queued_run(bench: Bench, monkeypatch: pytest
 def test_an_agent_that_stops_resumes_the_run_at_its_next_start(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOULEMARK_FAKE_FAULT", "slow:0.05")
     bench.jobs.submit(make_spec(bench.files, "long"))
-    wait_for_items(bench, "long", 4)
-    bench.close()
-    with sqlite3.connect(bench.folder / "journal.sqlite") as database:
-        (before,) = database.execute("SELECT count(*) FROM items").fetchone()
+    with stopped(bench, "long", 4) as journal:
+        (before,) = journal.execute("SELECT count(*) FROM items").fetchone()
     assert 4 <= before < SIZE
-    bench.open()
     record = bench.wait("long")
     assert record.status == "done" and complete(record) and record.attempts == 2
     assert record.interruptions[0].code == "agent_stopped"

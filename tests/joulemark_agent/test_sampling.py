@@ -13,8 +13,9 @@ import pytest
 
 from joulemark.errors import BadInput, Conflict, NotFound
 from joulemark.wire import Absent, Channel, Trace
-from joulemark_agent.sampling import Row, Sampler, join, merge, open_sensors
+from joulemark_agent.sampling import Row, Sampler, open_sensors
 from joulemark_agent.sensors import Options, SensorUse, Values
+from joulemark_agent.traces import join, merge
 from tests.fixtures.boards import BARE, LAPTOP, HandClock, plant, process
 
 WATTS = Channel(name="meter", quantity="power", unit="W", source="fake", meaning="wall", total=True)

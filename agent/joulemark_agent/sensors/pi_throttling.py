@@ -46,11 +46,6 @@ def raised(bits: int, before: int) -> tuple[bool, ...]:
     return tuple(bool((bits | risen >> 16) & 1 << bit) for bit in range(len(_NAMES)))
 
 
-def voltage_is_watched(roots: Roots) -> bool:
-    """Whether bits 0 and 16 say anything on this board."""
-    return has_voltage_detector(roots)
-
-
 _CHANNELS = tuple(
     Channel(
         name=f"throttle.{name}",
@@ -87,5 +82,5 @@ def probe(roots: Roots, options: Options) -> Sensor:
             "" if bits.reason == "not there" else "let the agent's user into the group of /dev/vcio: usermod -aG video"
         )
         raise NotPresent(f"the Raspberry Pi's firmware cannot be asked: {bits}", hint)
-    first = 0 if voltage_is_watched(roots) else 1
+    first = 0 if has_voltage_detector(roots) else 1
     return PolledSensor(_CHANNELS[first:], _Flags(roots, bits, first).values, _INTERVAL_S, options.clock)
