@@ -150,13 +150,14 @@ def energy_of(meter: Meter | Absent, windows: Sequence[Phase]) -> Energy | Absen
             missed = missed or part
     duration_s = sum(window.end_s - window.start_s for window in windows)
     measured_s = sum(part.duration_s for part in parts)
-    if missed is not None and (not parts or measured_s < REQUIRED_COVERAGE * duration_s):
+    coverage = sum(part.coverage * part.duration_s for part in parts) / duration_s if parts else 0.0
+    if missed is not None and coverage < REQUIRED_COVERAGE:
         return missed
     return Energy(
         joules=sum(part.joules for part in parts) * duration_s / measured_s,
         certain_j=sum(part.certain_j for part in parts),
         duration_s=duration_s,
-        coverage=sum(part.coverage * part.duration_s for part in parts) / duration_s,
+        coverage=coverage,
         readings=sum(part.readings for part in parts),
     )
 

@@ -54,8 +54,8 @@ def _windows(record: RunRecord, name: str) -> list[Phase]:
 def _latency_windows(record: RunRecord) -> list[Phase]:
     """Those that hold samples, if any does: an attempt that crashed in its latency phase left energy but no figures, and was repeated."""
     windows = _windows(record, "latency")
-    used = [window for window in windows if any(_inside(sample.start_s, [window]) for sample in record.latency)]
-    return used or windows
+    complete = [sample for sample in record.latency if sample.token_times_s]
+    return [window for window in windows if any(_inside(sample.start_s, [window]) for sample in complete)] or windows
 
 
 def summarise(record: RunRecord, limits: Limits | None = None) -> tuple[Summary, Verdict]:

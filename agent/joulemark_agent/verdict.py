@@ -281,7 +281,7 @@ def _over_cores(record: RunRecord, phase: Phase, shares: Sequence[float], what: 
         return
     there = record.device.cores_online or record.device.cores
     cores = mean(shares) * there
-    free = max(0, there - record.engine.threads) if record.engine else 0
+    free = max(0, record.device.cores - record.engine.threads) if record.engine else 0
     allowed = CONTENDED_CORES * (1 + free)
     if cores > allowed:
         yield (

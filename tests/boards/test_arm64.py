@@ -120,6 +120,12 @@ def test_the_board_needs_no_compiler_and_no_network(board: Board) -> None:
     root = board.userland.root
     assert not list((root / "usr/bin").glob("*gcc*")) and not list((root / "usr/bin").glob("c++*"))
     assert board.run("/opt/joulemark/bin/joulemark", "--version").stdout.startswith("joulemark ")
+    # Nor anything of the folder in which somebody calls it, who may be root.
+    place = root / "tmp/somebody/joulemark"
+    place.mkdir(parents=True)
+    (place / "__init__.py").write_text("raise SystemExit('somebody else was asked')\n")
+    said = board.run("sh", "-c", "cd /tmp/somebody && /opt/joulemark/bin/joulemark --version")
+    assert said.stdout.startswith("joulemark "), said.stdout + said.stderr
     unit = root / "etc/systemd/system/joulemark-agent.service"
     ours = (DEPLOY / "joulemark-agent.service").read_text().splitlines()
     unknown = [line for line in ours if line.startswith(("SystemCallFilter=@system-service", "SystemCallErrorNumber="))]

@@ -22,6 +22,7 @@ from tests.boards.conftest import NAME, Board, joulemark
 from tests.fixtures.host_process import wait_until
 
 pytestmark = pytest.mark.timeout(1700)
+BROKEN = b"raise SystemExit('this release does not start')\n"
 
 
 def in_use(board: Board) -> str:
@@ -45,8 +46,20 @@ def test_again_brings_nothing_and_keeps_the_release(board: Board, packed: Path) 
     assert in_use(board) == "/opt/joulemark-releases/1"
 
 
-def broken_release(out: Path) -> Path:
-    """A release whose agent does not start, and whose engine can be loaded."""
+def broken_release(whole: Path, out: Path) -> Path:
+    """A release whose agent does not start, whole in every other way."""
+    with tarfile.open(whole) as source, tarfile.open(out, "w:gz", compresslevel=1) as target:
+        for member in source:
+            if member.name == "site/joulemark_agent/server.py":
+                member.size = len(BROKEN)
+                target.addfile(member, io.BytesIO(BROKEN))
+            elif not member.name.startswith("site/joulemark_agent/__pycache__/server."):
+                target.addfile(member, source.extractfile(member) if member.isfile() else None)
+    return out
+
+
+def smallest_release(out: Path) -> Path:
+    """All that the script looks at, in a few kilobytes; its agent does not start."""
     files = {
         "release.json": _manifest(ARMV8),
         "bin/joulemark": b"#!/bin/sh\necho this release does not start\nexit 1\n",
@@ -61,8 +74,8 @@ def broken_release(out: Path) -> Path:
     return out
 
 
-def test_an_update_that_does_not_report_ready_is_undone(board: Board, tmp_path: Path) -> None:
-    broken = broken_release(tmp_path / "broken.tar.gz")
+def test_an_update_that_does_not_report_ready_is_undone(board: Board, packed: Path, tmp_path: Path) -> None:
+    broken = broken_release(packed, tmp_path / "broken.tar.gz")
     # Of an installation that was interrupted; it goes too.
     half = board.userland.root / "opt/joulemark-releases/7/site"
     half.mkdir(parents=True)
@@ -167,7 +180,7 @@ def test_uninstall_keeps_what_was_measured_unless_told(board: Board) -> None:
 
 def test_a_first_installation_that_does_not_report_ready_says_so(board: Board, tmp_path: Path) -> None:
     """After the last one there is nothing to go back to."""
-    broken = broken_release(tmp_path / "broken.tar.gz")
+    broken = smallest_release(tmp_path / "broken.tar.gz")
     done = joulemark("install", "root@127.0.0.1", "--release", str(broken), *board.server.options)
     assert done.returncode == 1
     assert "the agent did not report that it is ready" in done.stderr and "journalctl" in done.stderr

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,24 @@ def packed(folder: Path, machine: str, hwcap: int = 0) -> Path:
         member.size = len(text)
         archive.addfile(member, io.BytesIO(text))
     return path
+
+
+def test_what_is_said_to_nobody_stops_nothing(tmp_path: Path) -> None:
+    """A connection that is lost while a release is tried: going back says what it does, to a pipe that nobody reads any more."""
+    script = (DEPLOY / "install.sh").read_text()
+    functions = re.findall(r"(?ms)^(?:say|fail)\(\) .*?\}$", script)
+    trap = re.search(r"(?m)^ *(trap '' .*)$", script)
+    assert len(functions) == 2 and trap is not None
+    text = "\n".join(
+        ["set -eu", *functions, trap[1], "say going back", "say still", f"touch {tmp_path}/gone-back", "fail done hint"]
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        ["sh", "-c", text], stdout=writer, stderr=writer, check=False, timeout=20, restore_signals=True
+    )
+    os.close(writer)
+    assert (tmp_path / "gone-back").exists() and done.returncode == 1
 
 
 def test_a_release_needs_no_python_of_the_system(tmp_path: Path) -> None:

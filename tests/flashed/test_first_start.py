@@ -213,7 +213,7 @@ def test_it_measures_while_its_clock_is_set_right(board: Machine, desk: Desk, re
     assert behind_s > 86_400, "its clock is right already: nothing is shown"
     running = desk.start(LINES["run"])
     wait_until(
-        lambda: number(board, "journal.sqlite", "SELECT count(*) FROM phases WHERE name = 'accuracy'") > 0, 1200, 20
+        lambda: number(board, "journal.sqlite", "SELECT count(*) FROM phases WHERE name = 'accuracy'") > 0, 900, 20
     )
     board.run(f"sudo date -s @{time.time():.0f}")
     assert running.wait(1500) == 0, (desk.folder / "run.log").read_text()

@@ -155,7 +155,7 @@ def test_what_a_run_sets_is_recorded_and_put_back(board: Machine, host: HostProc
     assert record.attempts == 2
     assert (record.device.governor, record.device.clocks) == ("performance", "cpu fixed at 1.50 GHz")
     assert record.device.power_mode == "7W (1)"
-    wait_until(lambda: settings(board) == before, 60, 3)
+    wait_until(lambda: settings(board) == before, 30, 3)
     others = "find /sys/devices/system/cpu/cpufreq/ -type f -writable ! -name scaling_governor ! -name scaling_min_freq"
     assert board.run(f"sudo -u joulemark {others}") == "", "nothing else was opened to it"
 

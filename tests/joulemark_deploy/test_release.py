@@ -10,6 +10,7 @@ import pytest
 
 from joulemark.errors import BadInput
 from joulemark_deploy import release
+from joulemark_deploy.targets import target_for_processor
 from tests.fixtures import card_images
 
 
@@ -49,6 +50,14 @@ def test_whatever_the_umask_was_the_service_can_read_it(tmp_path: Path) -> None:
         modes = {member.name: member.mode for member in archive}
     assert modes["bin"] == modes["lib"] == modes["bin/joulemark"] == 0o755
     assert modes["release.json"] == modes["lib/liba.so"] == 0o644
+
+
+def test_the_fast_engine_goes_to_processors_that_have_all_that_it_uses() -> None:
+    """Compiled for a Cortex-A76 it has LRCPC and atomics in it, which a processor with dot products may lack (Kunpeng 920)."""
+    a76 = 0x119FFB  # what its kernel says
+    assert target_for_processor(a76).name == "arm64-dotprod"
+    for bit in (8, 9, 10, 15, 20):
+        assert target_for_processor(a76 & ~(1 << bit)).name == "arm64"
 
 
 def test_what_is_no_release_is_refused(tmp_path: Path) -> None:
