@@ -28,10 +28,12 @@ from tests.fixtures.tiny_models import write_llama
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make install")
 torch = pytest.importorskip("torch", reason="torch is not installed: make install-test")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: make install-test")
+THREADS = torch.get_num_threads()
+"""As many as torch takes: one where another test computes beside this one. Engines wait for their threads by turning round and round."""
 
 
 def open_model(path: Path) -> LlamaSession:
-    session = llamacpp.open_session(path, Options(threads=2, model_sha256="0" * 64))
+    session = llamacpp.open_session(path, Options(threads=THREADS, model_sha256="0" * 64))
     assert isinstance(session, LlamaSession)
     return session
 
@@ -163,7 +165,7 @@ def dequantised(smollm2: Path, tmp_path: Path) -> Iterator[Path]:
     """SmolLM2's Q4_1 weights as float32, written by the engine itself; half a gigabyte, gone after the test."""
     path = tmp_path / "float32.gguf"
     parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype, parameters.allow_requantize, parameters.nthread = llama_cpp.LLAMA_FTYPE_ALL_F32, True, 2
+    parameters.ftype, parameters.allow_requantize, parameters.nthread = llama_cpp.LLAMA_FTYPE_ALL_F32, True, THREADS
     assert llama_cpp.llama_model_quantize(bytes(smollm2), bytes(path), ctypes.byref(parameters)) == 0
     yield path
     path.unlink()
@@ -187,7 +189,7 @@ def test_on_its_dequantised_weights_smollm2_is_transformers(arc: Arc, dequantise
     """Through both builds of llama.cpp: our own wheel, and the binary one where nothing may be compiled."""
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: make install-test")
     for build in (llamacpp, xllamacpp):
-        session = build.open_session(dequantised, Options(threads=2, model_sha256="0" * 64))
+        session = build.open_session(dequantised, Options(threads=THREADS, model_sha256="0" * 64))
         equal, differences, _ = arc.compare(session, EXACT_ITEMS)
         session.close()
         name = build.__name__.rpartition(".")[2]
@@ -213,7 +215,7 @@ def graph(smollm2: Path, tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.model
 @pytest.mark.timeout(1500)
 def test_as_a_graph_smollm2_is_transformers(arc: Arc, graph: Path) -> None:
-    session = onnx.open_session(graph, Options(threads=2, model_sha256="0" * 64))
+    session = onnx.open_session(graph, Options(threads=THREADS, model_sha256="0" * 64))
     equal, differences, _ = arc.compare(session, EXACT_ITEMS)
     session.close()
     print(f"graph: acc_norm choices equal: {equal}/{EXACT_ITEMS}, largest |Δ log p| per token {max(differences):.1e}")
@@ -228,7 +230,7 @@ def test_as_optimum_s_graph_smollm2_is_transformers(arc: Arc, smollm2: Path, tmp
     from tests.fixtures import tiny_graphs
 
     path = tiny_graphs.write_of(models.open_model(str(smollm2), tmp_path), tmp_path / "graph", optimum=True)
-    session = onnx.open_session(path, Options(threads=2, model_sha256="0" * 64))
+    session = onnx.open_session(path, Options(threads=THREADS, model_sha256="0" * 64))
     equal, differences, _ = arc.compare(session, EXACT_ITEMS)
     session.close()
     path.unlink()
