@@ -26,7 +26,7 @@ def wheelhouses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Wheels for a Raspberry Pi 4 and a Pi 5, as a person would build them; the engine is cross-compiled where the cache has none."""
     folder = tmp_path_factory.mktemp("wheelhouses")
     made: dict[str, Path] = {}
-    for name, pythons in (("pi4", ("3.10", "3.11")), ("pi5", ("3.11",))):
+    for name, pythons in (("pi4", ("3.10", "3.11")), ("pi5", ("3.11", "3.13"))):
         made[name] = folder / name
         wheelhouse.build(
             target_of(name),

@@ -72,37 +72,50 @@ def check_binary_wheel(board: Userland, folder: Path) -> None:
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "wheel")
-    # Float32 weights, so that nothing is rounded that the builds could round differently.
-    (folder / "models").mkdir()
-    path = tiny_models.write_llama(folder / "models/tiny.gguf")
+    path = small_model(folder / "models")
     shared = {"/models": path.parent, "/wheel": folder / "wheel"}
-    command = ["/opt/joulemark/bin/python", "-c", SCORE, f"/models/{path.name}"]
+    command = ["/opt/joulemark/bin/python", "-c", scoring("xllamacpp"), f"/models/{path.name}"]
     done = board.run(*command, cpu="cortex-a53", shared=shared, environment={"PYTHONPATH": "/wheel"})
     assert done.returncode == 0, done.stderr
     facts, binary = json.loads(done.stdout)
     assert (facts["backend"], facts["version"]) == ("xllamacpp", f"xllamacpp {xllamacpp.VERSION}")
     assert "NEON = 1" in facts["build"] and "DOTPROD" not in facts["build"]
-    here = llamacpp.open_session(path, Options(threads=2, model_sha256="0" * 64))
-    (scored,) = here.score([ScoreRequest(0, *QUESTION)])
-    here.close()
-    assert binary == pytest.approx(scored.logprobs, abs=1e-3)
+    assert binary == pytest.approx(logprobs_here(path), abs=1e-3)
 
 
 QUESTION = ("Question: What is the capital of France?\nAnswer:", (" London", " Paris", " Rome is the capital"))
-SCORE = f"""
+
+
+def small_model(folder: Path) -> Path:
+    """In float32, so that nothing is rounded that two processors could round differently."""
+    folder.mkdir()
+    return tiny_models.write_llama(folder / "tiny.gguf")
+
+
+def scoring(backend: str) -> str:
+    """What a board is told to run: an engine's facts, and what it makes of the question."""
+    return f"""
 import json, sys
 from pathlib import Path
-from joulemark_agent.backends import Options, ScoreRequest, xllamacpp
-session = xllamacpp.open_session(Path(sys.argv[1]), Options(threads=2, model_sha256="0" * 64))
+from joulemark_agent.backends import Options, ScoreRequest, {backend}
+session = {backend}.open_session(Path(sys.argv[1]), Options(threads=2, model_sha256="0" * 64))
 (scored,) = session.score([ScoreRequest(0, *{QUESTION!r})])
 print(json.dumps([session.facts().model_dump(mode="json"), scored.logprobs]))
 """
 
 
+def logprobs_here(path: Path) -> tuple[float, ...]:
+    """What this machine's engine makes of the question."""
+    session = llamacpp.open_session(path, Options(threads=2, model_sha256="0" * 64))
+    (scored,) = session.score([ScoreRequest(0, *QUESTION)])
+    session.close()
+    return scored.logprobs
+
+
 def test_a_release_runs_on_a_system_without_python_and_without_its_c_library(
     userland: Userland, packed: Path, tmp_path: Path
 ) -> None:
-    """As on a Jetson Nano: whatever the system has of these is hidden."""
+    """As on a Jetson Nano, whose processor is a Cortex-A57: whatever the system has of these is hidden."""
     bare = tmp_path / "root"
     for name in ("bin", "proc", "dev", "tmp", "release"):
         (bare / name).mkdir(parents=True)
@@ -111,9 +124,15 @@ def test_a_release_runs_on_a_system_without_python_and_without_its_c_library(
     alone = Userland.__new__(Userland)
     alone.root = bare
     python = [f"/release/lib/{LOADER}", "--library-path", "/release/lib", "/release/bin/python3.11"]
-    code = "import sys; sys.path.insert(0, '/release/site'); import onnxruntime, llama_cpp, joulemark_agent.cli; print('alone')"
-    done = alone.run(*python, "-c", code)
-    assert done.stdout == "alone\n", done.stderr
+    code = "import sys; sys.path.insert(0, '/release/site'); import onnxruntime, joulemark_agent.cli" + scoring(
+        "llamacpp"
+    )
+    path = small_model(tmp_path / "models")
+    done = alone.run(*python, "-c", code, f"/models/{path.name}", cpu="cortex-a57", shared={"/models": path.parent})
+    assert done.returncode == 0, done.stderr
+    facts, scored = json.loads(done.stdout)
+    assert "NEON = 1" in facts["build"] and "DOTPROD" not in facts["build"]
+    assert scored == pytest.approx(logprobs_here(path), abs=1e-3)
 
 
 def test_the_board_needs_no_compiler_and_no_network(board: Board) -> None:

@@ -37,6 +37,9 @@ def test_each_python_gets_what_it_needs_and_no_other_one_does(wheelhouses: dict[
         assert any(name.startswith(f"{project}-") for name in pythons["3.10"])
         assert not any(name.startswith(f"{project}-") for name in pythons["3.11"])
     assert any("-cp310-" in name and name.startswith("pydantic_core") for name in pythons["3.10"])
+    newest = wheelhouse.read(wheelhouses["pi5"]).pythons["3.13"]
+    assert any("-cp313-" in name and name.startswith("pydantic_core") for name in newest)
+    assert not any("-cp310-cp310-" in name or "-cp311-cp311-" in name for name in newest)
 
 
 def test_the_engine_runs_from_the_oldest_glibc_on_and_brings_its_c_library(wheelhouses: dict[str, Path]) -> None:
