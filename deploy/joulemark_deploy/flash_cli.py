@@ -90,13 +90,8 @@ def flash(
     Example: joulemark flash raspios-lite.img.xz --board pi4 --device /dev/sdX --wifi HOME --wifi-country DE --host-url https://192.168.1.10:8443
     --enrol-key-file board.key
     """
-    console = Console(stderr=True)
     target = target_of(board)
-    if (device is None) == (out is None):
-        raise BadInput("say where the image goes", "--device /dev/sdX for a card, or --out FILE")
-    if out is not None and out.expanduser().exists():
-        raise Conflict(f"{out} is there already", "remove it, or choose another name with --out")
-    disk = disks.choose(device) if device is not None else None
+    place = _place(device, out)
     installing.refuse_local_name(host_url)
     if enrol_key_file is not None and host_url is None:
         raise BadInput("--enrol-key-file needs --host-url", "say where the host is: --host-url https://ADDRESS:8443")
@@ -115,24 +110,37 @@ def flash(
             licence_accepted=accept_license,
         )
     )
-    if disk is not None and not yes:
-        _ask(disk)
-    source = flashing.Source(image.expanduser(), sha256)
-    with _bars(console) as (tell, progress):
+    if isinstance(place, disks.Disk) and not yes:
+        _ask(place)
+    title = _write(flashing.Source(image.expanduser(), sha256), place, card, target, packed)
+    if enrol_key_file is not None:
+        enrol_key_file.expanduser().unlink()
+    _tell_end(card, target, title, device or out)
+
+
+def _place(device: Path | None, out: Path | None) -> disks.Disk | Path:
+    """Where the image goes. Raises BadInput for none or two places, Conflict for a file that is there, and what `disks.choose` raises."""
+    if device is not None and out is None:
+        return disks.choose(device)
+    if out is None or device is not None:
+        raise BadInput("say where the image goes", "--device /dev/sdX for a card, or --out FILE")
+    if out.expanduser().exists():
+        raise Conflict(f"{out} is there already", "remove it, or choose another name with --out")
+    return out.expanduser()
+
+
+def _write(source: flashing.Source, place: disks.Disk | Path, card: Card, target: Target, packed: Path | None) -> str:
+    """With a release that is built if need be, and with bars; gives the title of the image's first boot."""
+    with _bars(Console(stderr=True)) as (tell, progress):
         path = (
             packed.expanduser()
             if packed is not None
             else release.current(target, sources.default_cache(), tell, progress)
         )
         flashing.refuse_release(path, target)
-        if disk is not None:
-            title = flashing.to_disk(source, disk, card, path, tell, progress)
-        else:
-            assert out is not None
-            title = flashing.to_file(source, out.expanduser(), card, path, tell, progress)
-    if enrol_key_file is not None:
-        enrol_key_file.expanduser().unlink()
-    _tell_end(card, target, title, device or out)
+        if isinstance(place, disks.Disk):
+            return flashing.to_disk(source, place, card, path, tell, progress)
+        return flashing.to_file(source, place, card, path, tell, progress)
 
 
 def _ask(disk: disks.Disk) -> None:
