@@ -106,7 +106,7 @@ def test_options_with_which_the_agent_does_not_start_are_undone(board: Board, pa
 
 
 def test_an_older_release_with_fewer_units_can_be_gone_back_to(board: Board, packed: Path, tmp_path: Path) -> None:
-    """By hand, with this script: what the older one has not goes. Options that are not given stay."""
+    """By hand, with this script: what the older one has not goes, and comes again with the newer one. Options that are not given stay."""
     options = board.userland.root / "etc/joulemark/agent.env"
     before = options.read_text().strip().removesuffix('"')
     units = board.userland.root / "etc/systemd/system"
@@ -122,6 +122,9 @@ def test_an_older_release_with_fewer_units_can_be_gone_back_to(board: Board, pac
     assert done.returncode == 0, done.stdout + done.stderr
     assert [path.name for path in units.glob("joulemark-*")] == ["joulemark-agent.service"]
     assert "--host-url" in before and options.read_text() == f'{before} --listen 127.0.0.1:0"\n'
+    done = joulemark("upgrade", "root@127.0.0.1", "--release", str(packed), *board.server.options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(units.glob("joulemark-*"))) == 3
 
 
 def test_a_release_for_another_processor_or_none_is_not_even_sent(board: Board, tmp_path: Path) -> None:
