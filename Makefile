@@ -12,7 +12,8 @@ demo: $(VENV)/.installed
 
 # Tests of emulated boards run in the background from the first on: the first build for boards takes minutes, and a board computes on one
 # core. Beside them, first what mostly waits for processes, three at a time, then what computes, two at a time on a core each; last, with
-# nothing beside it, what looks at the clock. The parity with transformers is first of its kind, because it takes longest; pytest-xdist
+# nothing beside it, what looks at the clock. What computes gives way to the boards, which would otherwise end long after it, on one core
+# of two. The parity with transformers is first of its kind, because it takes longest; pytest-xdist
 # would begin with the files that hold the most tests, and leave it for the end, with nothing beside it.
 BOARDS := tests/boards
 PARITY := tests/joulemark_agent/test_parity.py
@@ -23,7 +24,7 @@ test: $(VENV)/.installed-test
 	@echo "emulated boards run beside the next tests; what they say follows after these"
 	@nice -n 5 $(BIN)/python -m pytest -q $(BOARDS) >$(VENV)/boards.log 2>&1 & boards=$$!; \
 	$(BIN)/python -m pytest -q -n 3 $(WAITING); waiting=$$?; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(COMPUTING); computing=$$?; \
+	OMP_NUM_THREADS=1 nice -n 10 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(COMPUTING); computing=$$?; \
 	wait $$boards; boards=$$?; cat $(VENV)/boards.log; exit $$((waiting | computing | boards))
 	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(BOARDS) $(NIGHTLY) $(WAITING) $(COMPUTING))
 
